@@ -1,0 +1,1 @@
+"""What the stages learn from: raw text, shards, batches, demonstrations, comparisons, feedback. Knows no model."""

@@ -1,0 +1,185 @@
+"""Ranked answers, the data of reward modelling.
+
+Owns the rows of a rankings file and what they mean: K completions of one prompt with ranks (1 = best, ties allowed), or
+a chosen and a rejected one. Knows nothing of who ranked them (the simulated labeller, people, thumbs) or of tokens.
+
+    {"prompt": "What is 2 + 2?", "completions": ["4", "5", "I do not know."], "ranks": [1, 3, 2]}
+    {"prompt": [{"role": "user", "content": "What is 2 + 2?"}], "chosen": "4", "rejected": "5"}
+
+A prompt, and each completion, is a text or a list of messages; without `prompt`, chosen and rejected are whole
+conversations and the messages they begin with alike are the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stateofgpt.errors import DataError
+from stateofgpt.run import write_atomic
+from stateofgpt.text.chat import Conversation, Message, message_from_json, message_to_json
+
+MAX_LINE_BYTES = 8 << 20  # K long conversations fit many times; a file with one 100 MB line is no rankings file
+MAX_COMPLETIONS = 64
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Completions of one prompt, ranked. `problem` is the skill problem behind it, where there is one."""
+
+    prompt: Conversation
+    completions: tuple[Conversation, ...]
+    ranks: tuple[int, ...]
+    problem: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.completions) != len(self.ranks):
+            raise DataError(f"{len(self.completions)} completions have {len(self.ranks)} ranks; give one rank to each")
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Indices (better, worse) of every pair that the ranks order: K(K-1)/2 of them, less the ties."""
+        numbered = range(len(self.ranks))
+        return [(i, j) for i in numbered for j in numbered if self.ranks[i] < self.ranks[j]]
+
+
+def write_rankings(path: Path | str, rankings: Iterable[Ranking]) -> int:
+    """Write a rankings file, whole or not at all, and return the number of rows."""
+    lines = [json.dumps(_to_json(ranking), ensure_ascii=False) + "\n" for ranking in rankings]
+    write_atomic(Path(path), "".join(lines))
+    return len(lines)
+
+
+def _to_json(ranking: Ranking) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "prompt": [message_to_json(m) for m in ranking.prompt],
+        "completions": [[message_to_json(m) for m in c] for c in ranking.completions],
+        "ranks": list(ranking.ranks),
+    }
+    return row if ranking.problem is None else {**row, "problem": ranking.problem}
+
+
+def read_rankings(path: Path | str) -> list[Ranking]:
+    """Every ranking in a JSONL file. Raises DataError naming the file and the line of the first row that is wrong."""
+    path = Path(path)
+    rankings = []
+    for number, line in _lines(path):
+        try:
+            rankings.append(_from_json(_object(line)))
+        except DataError as failure:
+            raise DataError(f"{path}:{number}: {failure}") from failure
+    if not rankings:
+        raise DataError(f"{path} holds no rankings; each line is a JSON object with prompt, completions and ranks")
+    return rankings
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank; a line over the limit is refused before it is read whole."""
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(f"{path}:{number}: the line is longer than {MAX_LINE_BYTES >> 20} MB; "
+                                    "a rankings file has one ranking per line")  # fmt: skip
+                if line.strip():
+                    yield number, line
+    except OSError as failure:
+        raise DataError(f"cannot read the rankings {path}: {failure.strerror}") from failure
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError as failure:
+        raise DataError(f"byte {failure.start + 1} of the line is not UTF-8; save the file as UTF-8") from failure
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as failure:
+        raise DataError(f"not valid JSON at column {failure.colno} ({failure.msg})") from failure
+    except (ValueError, RecursionError) as failure:
+        raise DataError("not JSON that can be read: it nests too deeply or holds a number too long") from failure
+    if not isinstance(row, dict):
+        raise DataError(f"the row is a JSON {type(row).__name__}, it must be an object")
+    return row
+
+
+def _from_json(row: Mapping[str, Any]) -> Ranking:
+    problem = row.get("problem")
+    if problem is not None and not isinstance(problem, dict):
+        raise DataError("problem must be a JSON object or left out")
+    if "chosen" in row and "rejected" in row:
+        prompt, best, worst = _chosen_rejected(row)
+        return Ranking(prompt, (best, worst), (1, 2), problem)
+    if missing := [key for key in ("prompt", "completions", "ranks") if key not in row]:
+        raise DataError(f"the row has no {missing[0]}; it needs prompt, completions, ranks or prompt, chosen, rejected")
+    completions, ranks = row["completions"], row["ranks"]
+    if not isinstance(completions, list) or not 2 <= len(completions) <= MAX_COMPLETIONS:
+        raise DataError(f"completions must be a list of 2 to {MAX_COMPLETIONS} answers")
+    if not isinstance(ranks, list) or not all(type(r) is int and r >= 1 for r in ranks):
+        raise DataError("ranks must be a list of whole numbers from 1 (the best) up")
+    prompt = _prompt(row["prompt"])
+    return Ranking(prompt, tuple(_completion(c, prompt) for c in completions), tuple(ranks), problem)
+
+
+def _chosen_rejected(row: Mapping[str, Any]) -> tuple[Conversation, Conversation, Conversation]:
+    if "prompt" in row:
+        prompt = _prompt(row["prompt"])
+        return prompt, _completion(row["chosen"], prompt), _completion(row["rejected"], prompt)
+    if not isinstance(row["chosen"], list) or not isinstance(row["rejected"], list):
+        raise DataError(
+            "the row has no prompt; give one, or let chosen and rejected be message lists that begin with it"
+        )
+    chosen, rejected = _messages(row["chosen"]), _messages(row["rejected"])
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not shared:
+        raise DataError("chosen and rejected begin differently, so there is no prompt they both answer")
+    prompt, best, worst = chosen[:shared], chosen[shared:], rejected[shared:]
+    return _checked_prompt(prompt), _checked_completion(best), _checked_completion(worst)
+
+
+def _prompt(value: Any) -> Conversation:
+    return _checked_prompt((Message("user", value),) if isinstance(value, str) else _messages(value))
+
+
+def _completion(value: Any, prompt: Conversation) -> Conversation:
+    """A list of messages may repeat the prompt in front, as public preference sets do."""
+    messages = (Message("assistant", value),) if isinstance(value, str) else _messages(value)
+    return _checked_completion(messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages)
+
+
+def _messages(value: Any) -> Conversation:
+    if isinstance(value, dict):  # one message, unwrapped
+        value = [value]
+    if not isinstance(value, list):
+        raise DataError("a prompt and a completion must be a text or a list of messages with role and content")
+    return tuple(message_from_json(item) for item in value)
+
+
+def _checked_prompt(prompt: Conversation) -> Conversation:
+    if not prompt or not any(m.content.strip() for m in prompt):
+        raise DataError("the prompt is empty")
+    return _encodable(prompt)
+
+
+def _checked_completion(completion: Conversation) -> Conversation:
+    if not completion or completion[0].role != "assistant":
+        raise DataError("a completion must begin with a message of the assistant")
+    if any(m.role not in ("assistant", "tool") for m in completion):
+        raise DataError("a completion may hold only messages of the assistant and of tools")
+    return _encodable(completion)
+
+
+def _encodable(conversation: Conversation) -> Conversation:
+    r"""JSON may spell half of a surrogate pair ("\ud800"), which is no character and cannot be stored as UTF-8."""
+    try:
+        for message in conversation:
+            message.content.encode()
+    except UnicodeEncodeError as failure:
+        raise DataError("a text holds half of a surrogate pair, which is no character; repair the text") from failure
+    return conversation

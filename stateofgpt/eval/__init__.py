@@ -1,0 +1,1 @@
+"""Measurements: of answers, of likelihood, of diversity, and of models against each other."""

@@ -1,0 +1,154 @@
+"""The engine for many threads.
+
+Owns: the one thread that steps an engine, and the hand-over of requests to it and of events from it. Others never
+touch the engine: they leave commands, which the thread carries out before its next step, so a cancelled request is
+gone within one step. Knows nothing of text or HTTP.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from stateofgpt.errors import ModelError
+from stateofgpt.infer.engine import Engine, Event
+from stateofgpt.infer.sampling import SamplingParams
+
+
+class EngineLoop:
+    """Has the methods of `Engine` that a session needs (add, extend, release, cancel, events), safe from any
+    thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.max_context = engine.max_context
+        self._commands: deque[Callable[[], object]] = deque()
+        self._inbox: dict[int, deque[Event | ModelError]] = {}  # of each request that is not over for its owner
+        self._open: set[int] = set()  # requests with events to come
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the thread; requests under way fail with ModelError."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    # ---- for other threads ----------------------------------------------------------------------------------------
+
+    def add(self, prompt: Sequence[int], params: SamplingParams, *, hold: bool = False) -> int:
+        """As Engine.add; a prompt that does not fit is refused here, in the caller's thread."""
+        self.engine.check(prompt)
+        request = self.engine.new_id()
+        self._open_for(request, lambda: self.engine.add(prompt, params, hold=hold, request=request))
+        return request
+
+    def extend(self, request: int, ids: Sequence[int]) -> None:
+        """As Engine.extend, after the request's finish has been seen; a refusal comes out of `events`."""
+        self._open_for(request, lambda: self.engine.extend(request, ids))
+
+    def cancel(self, request: int) -> None:
+        """As Engine.cancel: at once for `events`, within one step for the engine. Unknown ids are ignored."""
+        with self._changed:
+            self._inbox.pop(request, None)
+            self._open.discard(request)
+            self._commands.append(lambda: self.engine.cancel(request))
+            self._changed.notify_all()
+
+    release = cancel
+
+    def events(self, requests: Iterable[int]) -> Iterator[Event]:
+        """Events of `requests` as they come, until all are finished or cancelled. One may be extended when its finish
+        is seen. Raises ModelError if the engine failed on one of them."""
+        wanted = list(requests)
+        while True:
+            with self._changed:
+                while not any(self._inbox.get(r) for r in wanted):
+                    if not any(r in self._open for r in wanted):
+                        for r in wanted:
+                            self._inbox.pop(r, None)
+                        return
+                    self._changed.wait()
+                boxes = [box for r in wanted if (box := self._inbox.get(r))]
+                found = [box.popleft() for box in boxes for _ in range(len(box))]
+            for event in found:
+                if isinstance(event, ModelError):
+                    raise event
+                yield event
+
+    @property
+    def busy(self) -> int:
+        """How many requests have tokens to come."""
+        return len(self._open)
+
+    def _open_for(self, request: int, command: Callable[[], object]) -> None:
+        with self._changed:
+            if self._closed:
+                raise ModelError("the engine is closed, no more requests can be added")
+            self._inbox.setdefault(request, deque())
+            self._open.add(request)
+            self._commands.append(lambda: self._try(request, command))
+            self._changed.notify_all()
+
+    # ---- the engine's own thread ----------------------------------------------------------------------------------
+
+    def _try(self, request: int, command: Callable[[], object]) -> None:
+        try:
+            command()
+        except ModelError as error:
+            self._fail([request], error)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._commands or self._closed) and self.engine.stuck:
+                    self._changed.wait()
+                if self._closed:
+                    break
+                commands = list(self._commands)
+                self._commands.clear()
+            try:
+                for command in commands:
+                    command()
+                self._deliver(self.engine.step())
+            except Exception as error:  # the thread must outlive any failure of a step: the next request may be well
+                self._abandon(ModelError(f"the engine failed: {error}"))
+        self._abandon(ModelError("the engine was closed before the answer was complete"))
+
+    def _deliver(self, events: list[Event]) -> None:
+        with self._changed:
+            for event in events:
+                if event.finish:
+                    self._open.discard(event.request)
+                if event.request in self._inbox:
+                    self._inbox[event.request].append(event)
+            self._changed.notify_all()
+
+    def _abandon(self, error: ModelError) -> None:
+        with self._changed:
+            affected = list(self._inbox)
+        for request in affected:
+            self.engine.cancel(request)
+        self._fail([r for r in affected if r in self._open], error)
+
+    def _fail(self, requests: Sequence[int], error: ModelError) -> None:
+        with self._changed:
+            for request in requests:
+                self._open.discard(request)
+                if request in self._inbox:
+                    self._inbox[request].append(error)
+            self._changed.notify_all()

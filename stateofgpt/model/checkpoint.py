@@ -1,0 +1,344 @@
+"""Checkpoints: plain Hugging Face model folders that also say where they come from.
+
+Owns what is in the folder (`config.json`, `model.safetensors`, `generation_config.json`, tokenizer files,
+`chat_template.jinja`, model card, and last `MANIFEST.json` with the sha256 of every file and the lineage), and
+loading one with nothing taken on trust. Knows nothing of stages, optimizers or run folders.
+
+    laptop/sft/checkpoint/  ->  transformers.AutoModelForCausalLM.from_pretrained("laptop/sft/checkpoint")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stateofgpt.errors import CheckpointError
+from stateofgpt.model import folder
+from stateofgpt.model.convert import Described, Kind, from_huggingface, to_huggingface
+from stateofgpt.model.folder import TensorInfo
+from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.model.heads import RewardModel
+from stateofgpt.run import sha256_file
+from stateofgpt.text.chat import CHAT_TEMPLATE
+from stateofgpt.text.tokenizer import Tokenizer
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp")
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A checkpoint that another was made from."""
+
+    id: str
+    name: str
+    stage: str
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a checkpoint comes from. `id` is made of its content and its parents', never of a path or a time."""
+
+    id: str
+    name: str
+    stage: str
+    parents: tuple[Parent, ...]
+    created: str
+    metrics: Mapping[str, Any]
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def save_checkpoint(
+    path: Path | str,
+    model: nn.Module,
+    *,
+    tokenizer: Tokenizer,
+    stage: str,
+    run: str,
+    parents: Sequence[Path | str] = (),
+    metrics: Mapping[str, Any] | None = None,
+) -> Lineage:
+    """Write `model` (a GPT or a RewardModel, compiled or not) as a checkpoint folder, all or nothing.
+
+    The name of the checkpoint becomes `run:stage`. Weights are float32, and the same weights give the same file.
+    Raises CheckpointError when a weight is not finite, RunError when the disk is full: an older folder then stays.
+    """
+    path = Path(path)
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, (GPT, RewardModel)):
+        raise CheckpointError(f"a {type(model).__name__} has no checkpoint format, only a GPT or a RewardModel has")
+    kind: Kind = "reward" if isinstance(model, RewardModel) else "causal"
+    weights = {name: t.detach().to("cpu", torch.float32) for name, t in _own_tensors(model).items()}
+    if bad := folder.non_finite(weights):
+        raise CheckpointError(f"{path} is not saved: tensor {bad} holds NaN or infinite values")
+    eos = [tokenizer.eot] if stage == "pretrain" else [tokenizer.im_end, tokenizer.eot]
+    ids: dict[str, Any] = {"bos": tokenizer.eot, "eos": eos, "pad": tokenizer.pad}
+    config = to_huggingface(model.config, kind, **ids)
+    ancestors = [read_lineage(p) for p in parents]
+    known = {"name": f"{run}:{stage}", "stage": stage, "parents": [_parent(a) for a in ancestors]}
+    measured = _plain(metrics or {})
+
+    def fill(work: Path) -> None:
+        _write_json(work / "config.json", config)
+        folder.write_tensors(work / WEIGHTS, weights)
+        if kind == "causal":
+            generation = {"bos_token_id": ids["bos"], "eos_token_id": eos, "pad_token_id": ids["pad"]}
+            _write_json(work / "generation_config.json", {**generation, "do_sample": True})
+        tokenizer.save(work)
+        (work / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        card = _model_card(known, config, measured, n_params=sum(t.numel() for t in weights.values()))
+        (work / "README.md").write_text(card, encoding="utf-8")
+
+    def about(work: Path) -> dict[str, Any]:
+        return {
+            "id": _identity(known, work),
+            **known,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "code_version": _code_version(),
+            "metrics": measured,
+        }
+
+    room = folder.tensor_bytes(weights) + (4 << 20)  # tokenizer and the small files
+    folder.publish(path, fill, about, needed=room)
+    return read_lineage(path)
+
+
+def _own_tensors(model: GPT | RewardModel) -> dict[str, Tensor]:
+    """Parameters under transformers' names; a tied head is the embedding and is not stored twice."""
+    tensors = dict(model.state_dict())
+    if isinstance(model, GPT) and model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return tensors
+
+
+def _identity(known: Mapping[str, Any], work: Path) -> str:
+    content = {**known, "weights": sha256_file(work / WEIGHTS), "config": sha256_file(work / "config.json")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _parent(lineage: Lineage) -> dict[str, str]:
+    return {"id": lineage.id, "name": lineage.name, "stage": lineage.stage}
+
+
+def _code_version() -> str:
+    try:
+        return metadata.version("stateofgpt")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers that are not finite become null, anything unknown its text."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _model_card(known: Mapping[str, Any], config: Mapping[str, Any], metrics: Mapping[str, Any], n_params: int) -> str:
+    reward = "num_labels" in config
+    loader = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
+    front = [
+        "---",
+        "license: other",
+        "license_name: follows-the-training-text",
+        "language: en",
+        "library_name: transformers",
+        f"pipeline_tag: {'text-classification' if reward else 'text-generation'}",
+        f"tags: [stateofgpt, {json.dumps(known['stage'])}]",
+        "---",
+    ]
+    what = "A reward model: one number for a conversation, higher is better." if reward else "A small language model."
+    parents = ", ".join(f"`{p['name']}` ({p['id']})" for p in known["parents"]) or "none: trained from scratch"
+    shape = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, vocabulary {config['vocab_size']}"
+    rows = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()
+            if isinstance(v, (bool, int, float, str))]  # fmt: skip
+    body = [
+        f"# {known['name']}",
+        "",
+        f"{what} Raised by stateofgpt, stage `{known['stage']}`.",
+        "",
+        f"- architecture: {config['architectures'][0]}, {n_params:,} parameters ({shape})",
+        f"- context: {config['max_position_embeddings']} tokens",
+        f"- parents: {parents}",
+        "",
+        "```python",
+        f"from transformers import AutoTokenizer, {loader}",
+        f'model = {loader}.from_pretrained(".")',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        "```",
+    ]
+    table = ["", "| metric | value |", "|---|---|", *rows] if rows else []
+    return "\n".join([*front, "", *body, *table, ""])
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_lineage(path: Path | str) -> Lineage:
+    """Where the checkpoint at `path` comes from; a folder made by other software is its own beginning."""
+    path = _find(path)
+    if not (path / folder.MANIFEST).exists():
+        weights = path / WEIGHTS
+        mark = sha256_file(weights if weights.is_file() else path / "config.json")[:16]
+        return Lineage(mark, path.resolve().name, "imported", (), "", {})
+    raw = folder.read_json_file(path / folder.MANIFEST)
+    try:
+        parents = tuple(Parent(str(p["id"]), str(p["name"]), str(p["stage"])) for p in raw["parents"])
+        own = (str(raw["id"]), str(raw["name"]), str(raw["stage"]))
+        return Lineage(*own, parents, str(raw.get("created", "")), dict(raw.get("metrics", {})))
+    except (KeyError, TypeError, ValueError) as failure:
+        raise CheckpointError(f"{path / folder.MANIFEST} does not say where the checkpoint comes from") from failure
+
+
+def verify(path: Path | str) -> None:
+    """Raise CheckpointError naming the first file of the checkpoint that is missing or is not what was saved."""
+    folder.verify(_find(path))
+
+
+def load_model(path: Path | str) -> GPT:
+    """The language model in a checkpoint folder (ours, or any of a known architecture), in float32 on the CPU.
+
+    Raises CheckpointError with the reason when there is none, or it is damaged, tampered with, or not to be trusted.
+    """
+    path, described, shards = _open(path)
+    if described.kind != "causal":
+        raise CheckpointError(f"{path} is a reward model, which cannot write; give a language model's checkpoint")
+    config = described.config
+    with torch.device("meta"):
+        expected = _own_tensors(GPT(config))
+    _match(path, expected, shards)
+    with torch.random.fork_rng(devices=[]):  # loading must not move the random state of a run that resumes
+        model = GPT(config)
+    _fill(_own_tensors(model), shards)
+    return model
+
+
+def load_reward(path: Path | str) -> RewardModel:
+    """The reward model in a checkpoint folder; errors as `load_model`."""
+    path, described, shards = _open(path)
+    if described.kind != "reward":
+        raise CheckpointError(f"{path} is a language model; give a reward model's checkpoint")
+    if described.pad_id is None:
+        raise CheckpointError(f"{path / 'config.json'} has no valid pad_token_id, which a reward model needs")
+    config = described.config
+    with torch.device("meta"):
+        expected = _own_tensors(RewardModel(GPT(config), pad_id=0))
+    _match(path, expected, shards)
+    with torch.random.fork_rng(devices=[]):
+        model = RewardModel(GPT(config), described.pad_id)
+    _fill(_own_tensors(model), shards)
+    return model
+
+
+Shards = dict[Path, dict[str, TensorInfo]]
+
+
+def _find(path: Path | str) -> Path:
+    path = folder.present(Path(path))
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"no checkpoint at {path}: the folder {what}")
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is no checkpoint: it has no config.json")
+    return path
+
+
+def _open(path: Path | str) -> tuple[Path, Described, Shards]:
+    """Check all that can be checked without reading a weight."""
+    path = _find(path)
+    folder.verify(path)
+    described = from_huggingface(folder.read_json_file(path / "config.json"), str(path / "config.json"))
+    shards = {file: folder.read_header(file) for file in _weight_files(path)}
+    _bound(path, described.config, shards)
+    return path, described, shards
+
+
+def _bound(path: Path, config: GPTConfig, shards: Shards) -> None:
+    """Refuse sizes that the weights do not bear out, before anything of that size is made."""
+    n_bytes = sum(file.stat().st_size for file in shards)
+    widest = max(config.vocab_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
+    n_tensors = sum(map(len, shards.values()))
+    if config.num_hidden_layers > n_tensors or 2 * config.hidden_size * widest > n_bytes:
+        raise CheckpointError(f"{path / 'config.json'} describes a model larger than the weights beside it")
+    if 8 * config.max_position_embeddings * config.head_dim > max(n_bytes, 64 << 20):
+        raise CheckpointError(
+            f"{path / 'config.json'} has max_position_embeddings = {config.max_position_embeddings:,}, whose rotary "
+            "tables would be larger than the model; lower it"
+        )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    if (path / INDEX).is_file():
+        placed = folder.read_json_file(path / INDEX).get("weight_map")
+        names = sorted({str(v) for v in placed.values()}) if isinstance(placed, dict) else []
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors") or not (path / name).is_file():
+                raise CheckpointError(f"{path / INDEX} names {name[:80]!r}, which is no safetensors file of the folder")
+        if names:
+            return [path / name for name in names]
+        raise CheckpointError(f"{path / INDEX} names no files")
+    for file in sorted(path.iterdir()):
+        if file.suffix in _PICKLED:
+            raise CheckpointError(
+                f"{file} is a pickle, which can run code when it is read, so it is not; convert it to model.safetensors"
+            )
+    raise CheckpointError(f"{path} has no {WEIGHTS}")
+
+
+def _match(path: Path, expected: Mapping[str, Tensor], shards: Shards) -> None:
+    """The files hold exactly the model's tensors, by name, shape and type."""
+    found: dict[str, TensorInfo] = {}
+    for file, header in shards.items():
+        if twice := sorted(found.keys() & header.keys()):
+            raise CheckpointError(f"{file} holds tensor {twice[0]} a second time")
+        found |= header
+    _refuse_names(path, "lacks", expected.keys() - found.keys())
+    _refuse_names(path, "holds unknown", found.keys() - expected.keys())
+    for name, info in found.items():
+        if info.shape != tuple(expected[name].shape):
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(expected[name].shape)}"
+            )
+        if info.dtype not in _FLOATS:
+            raise CheckpointError(f"{path}: tensor {name} has type {info.dtype}, readable are {', '.join(_FLOATS)}")
+
+
+def _refuse_names(path: Path, verb: str, names: Iterable[str]) -> None:
+    listed = sorted(names)
+    if listed:
+        more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+        raise CheckpointError(f"{path} {verb} tensors: {', '.join(n[:80] for n in listed[:3])}{more}")
+
+
+def _fill(into: Mapping[str, Tensor], shards: Shards) -> None:
+    """Copy tensor by tensor, so that the peak is one model and one tensor."""
+    with torch.no_grad():
+        for file in shards:
+            for name, tensor in folder.each_tensor(file):
+                if folder.non_finite({name: tensor}):
+                    raise CheckpointError(f"{file}: tensor {name} holds NaN or infinite values")
+                into[name].copy_(tensor)

@@ -1,0 +1,31 @@
+"""Recipes: a run as a function that returns frozen configurations. A module is a scale, and its `recipe` the function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stateofgpt.recipes.recipe import Recipe
+
+_NAMES = ("debug", "laptop")
+
+
+def names() -> tuple[str, ...]:
+    """All recipes."""
+    return _NAMES
+
+
+def load(
+    name: str, *, minutes: float | None, seed: int, corpus: tuple[Path, ...], overrides: Mapping[str, str]
+) -> Recipe:
+    """The recipe `name` with the user's minutes, seed, texts and dotted overrides."""
+    from stateofgpt.config import apply_overrides
+
+    made: Recipe = import_module(f"stateofgpt.recipes.{name}").recipe(minutes)
+    if corpus:
+        made = replace(made, collect=replace(made.collect, corpus=tuple(str(path.resolve()) for path in corpus)))
+    return apply_overrides(replace(made, seed=seed), overrides)

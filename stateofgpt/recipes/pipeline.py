@@ -1,0 +1,114 @@
+"""The pipeline: every stage of a recipe in order, within the minutes asked for, then the summary and the report.
+
+Owns the order of stages, what each may cost, and `summary.json`. What a stage does is its own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from stateofgpt.config import to_dict
+from stateofgpt.errors import RunError
+from stateofgpt.recipes.recipe import Recipe
+from stateofgpt.recipes.summary import write_summary
+from stateofgpt.report.build import build
+from stateofgpt.run import STAGES, Run, Stage
+from stateofgpt.stages import arena, collect, evaluate, pretrain, reward, rl, sft, tokenize
+
+RUNNERS: dict[str, Callable[[Any, Run], dict[str, Any]]] = {
+    "collect": collect.run,
+    "tokenize": tokenize.run,
+    "pretrain": pretrain.run,
+    "sft": sft.run,
+    "reward": reward.run,
+    "rl": rl.run,
+    "eval": evaluate.run,
+    "arena": arena.run,
+}
+TIMED = {"pretrain": 0.43, "sft": 0.21, "reward": 0.14, "rl": 0.22}  # shares of what training may take in all
+MEASURING = 0.12  # share of all minutes kept for evaluation, arena and report
+
+
+def execute(recipe: Recipe, out: Path, only: str | None = None) -> None:
+    """Run all stages that are not done yet (or `only` one of them) in the folder `out`; continue what was begun."""
+    began = time.monotonic() - _age_of_process()
+    console = Console(highlight=False)
+    with Run.open(out, recipe.name, to_dict(recipe), recipe.seed) as run:
+        for name in STAGES if only is None else (only,):
+            _require_earlier(run, name)
+            stage = run.stage(name)
+            if stage.done:
+                console.print(f"[dim]{name:9} done before, in {stage.seconds():.0f} s[/dim]")
+                continue
+            console.print(f"[bold]{name:9}[/bold]", end=" ")
+            result = RUNNERS[name](_config(recipe, run, stage, began), run)
+            console.print(f"{_told(name, result)} [dim]({stage.seconds():.0f} s)[/dim]")
+        write_summary(recipe, run, time.monotonic() - began)
+        if only is None:
+            report = build(run.root)
+            write_summary(recipe, run, time.monotonic() - began)
+            console.print(f"\nreport    {report}\nchat      sog chat {out}:rl\npage      sog serve {out}:rl")
+
+
+def _age_of_process() -> float:
+    """Seconds since this process began, so that imports count towards the minutes too."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return time.process_time()
+
+
+def _require_earlier(run: Run, name: str) -> None:
+    for earlier in STAGES[: STAGES.index(name)]:
+        if not run.stage(earlier).done and not (name in ("eval", "arena") and earlier in ("reward", "rl", "eval")):
+            raise RunError(f"{run.root} has no finished {earlier} stage, which {name} needs; run `sog {earlier}` first")
+
+
+def _config(recipe: Recipe, run: Run, stage: Stage, began: float) -> Any:
+    """The stage's configuration, with its seconds set to a share of what is left of the minutes, decided once."""
+    config = getattr(recipe, stage.name)
+    if recipe.minutes is None or stage.name not in TIMED or config.seconds is None:
+        return config
+    later = [n for n in TIMED if STAGES.index(n) >= STAGES.index(stage.name)]
+    share = TIMED[stage.name] / sum(TIMED[n] for n in later)
+    minutes = recipe.minutes
+
+    def left() -> dict[str, Any]:
+        spent = max(time.monotonic() - began, sum(s.seconds() for s in run.stages()))
+        return {"seconds": round(max(5.0, (minutes * 60.0 * (1.0 - MEASURING) - spent) * share), 1)}
+
+    return replace(config, seconds=stage.decide("budget", left)["seconds"])
+
+
+def _told(name: str, result: dict[str, Any]) -> str:
+    """One line about a finished stage."""
+    if name == "collect":
+        return f"{sum(s['documents'] for s in result['sources']):,} documents of {len(result['sources'])} sources"
+    if name == "tokenize":
+        return f"vocabulary of {result['vocab_size']:,}, {result['bytes_per_token']['all']:.2f} bytes per token"
+    if name == "pretrain":
+        return (f"{result['n_params'] / 1e6:.1f}M parameters, {result['tokens'] / 1e6:.2f}M tokens, "
+                f"{result['val_bpb_start']:.2f} -> {result['val_bpb']:.2f} bits per byte held out")
+    if name == "sft":
+        return f"{result['conversations']:,} conversations, held-out loss {result['val_loss']:.3f}"
+    if name == "reward":
+        ceiling = f", noise ceiling {result['ceiling']:.1%}" if "ceiling" in result else ""
+        return f"{result['n_prompts']} prompts, held-out pairs {result['pair_accuracy']:.1%} right{ceiling}"
+    if name == "rl":
+        return (f"true score {result['true_sft']:.2f} -> {result['true_rl']:.2f} (p = {result['p_value']:.2g}), "
+                f"KL {result['kl']:.1f} nats")
+    if name == "eval":
+        right = {m: sum(s["right"] for s in of.values()) / max(1, sum(s["n"] for s in of.values()))
+                 for m, of in result["skills"].items()}
+        return "skills " + ", ".join(f"{m} {share:.0%}" for m, share in right.items())
+    return "  ".join(f"{row['model']} {row['rating']:.0f}" for row in result["leaderboard"])
+

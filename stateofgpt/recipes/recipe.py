@@ -1,0 +1,24 @@
+"""What a recipe is: the configuration of every stage, frozen, and where the user's words enter it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stateofgpt.stages import arena, collect, evaluate, pretrain, reward, rl, sft, tokenize
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. With `minutes` the pipeline gives every stage without steps of its own a share of that time."""
+
+    name: str
+    seed: int = 0
+    minutes: float | None = None
+    collect: collect.Config = field(default_factory=collect.Config)
+    tokenize: tokenize.Config = field(default_factory=tokenize.Config)
+    pretrain: pretrain.Config = field(default_factory=lambda: pretrain.Config(seconds=200.0))
+    sft: sft.Config = field(default_factory=lambda: sft.Config(seconds=110.0))
+    reward: reward.Config = field(default_factory=lambda: reward.Config(seconds=70.0))
+    rl: rl.Config = field(default_factory=lambda: rl.Config(seconds=100.0))
+    eval: evaluate.Config = field(default_factory=evaluate.Config)
+    arena: arena.Config = field(default_factory=arena.Config)

@@ -1,0 +1,245 @@
+"""The report's middle, in the talk's order: base-model tricks, finetuning, the reward model, reinforcement learning.
+
+Owns what these chapters say and show. Knows nothing about files (`record`) or HTML (`pages`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from stateofgpt.report import pages
+from stateofgpt.report.pages import Section, bar, count, decimal, percent, probability
+from stateofgpt.report.plots import Series, line_chart
+from stateofgpt.report.record import MODELS, Record, mapping, number, records, sequence, share_right
+
+MANNERS = (("direct", "m1"), ("steps", "m2"), ("tool", "m3"))
+EDGE = 0.08  # share of a run's updates that counts as its beginning and its end
+TRICKS = {"bare": "Bare question", "few_shot": "Few-shot", "fake_transcript": "Fake transcript"}
+
+
+def _overall(skills: Mapping[str, Any]) -> float | None:
+    """Share right over all skills, each skill counting the same."""
+    shares = [share for value in skills.values() if (share := share_right(value)) is not None]
+    return sum(shares) / len(shares) if shares else None
+
+
+# --- base model tricks -------------------------------------------------------------------------------------------
+
+
+def base_tricks(record: Record) -> Section:
+    """What a base model can be prompted into."""
+    tricks = {name: mapping(value) for name, value in mapping(record.result("eval").get("base_tricks")).items()}
+    id_, title = "base", "Base models can be tricked into assistants"
+    if not tricks:
+        gap = pages.missing("The base model has not been measured.", f"sog eval --out {record.name}")
+        return Section(id_, title, "A base model completes documents; it does not answer questions.", gap, "base")
+    names = [name for name in TRICKS if name in tricks] + [name for name in tricks if name not in TRICKS]
+    rows: list[list[object]] = []
+    for skill in _skill_names(tricks.values()):
+        shares = [share_right(tricks[name].get(skill)) for name in names]
+        rows.append([pages.title_of(skill), *(bar(share, "base") for share in shares)])
+    overall = {name: _overall(tricks[name]) for name in names}
+    rows.append([Markup("<strong>All, each the same</strong>"), *(bar(overall[name], "base") for name in names)])
+    head = ["Right answers", *(TRICKS.get(name, pages.title_of(name)) for name in names)]
+    finding = (
+        f"Asked outright it is right on {percent(overall.get('bare'))} of the skills’ questions; "
+        f"after a few solved examples on {percent(overall.get('few_shot'))}; inside a made-up transcript of a human "
+        f"and a helpful assistant on {percent(overall.get('fake_transcript'))}."
+    )
+    return Section(id_, title, finding, pages.table(head, rows, caption="The same weights, prompted three ways"), "base")
+
+
+def _skill_names(answers: Any) -> list[str]:
+    return list(dict.fromkeys(skill for skills in answers for skill in skills))
+
+
+# --- finetuning --------------------------------------------------------------------------------------------------
+
+
+def finetuning(record: Record) -> Section:
+    """Loss on demonstrations, and what the finetuned model says."""
+    id_, title = "sft", "Supervised finetuning"
+    if not record.metrics.get("sft"):
+        gap = pages.missing("No model has been finetuned.", f"sog sft --out {record.name}")
+        return Section(id_, title, "Ideal answers, imitated.", gap, "sft")
+    charts = pages.grid(
+        [
+            pages.figure(_curves(record, "sft", "Loss on the assistant’s tokens", ("loss", "training", "c-none", True),
+                                 ("val_loss", "held out", "c-sft", False))),
+            pages.figure(_curves(record, "sft", "Learning rate", ("lr", "lr", "c-sft", False), low=0.0)),
+        ]
+    )  # fmt: skip
+    held_out = record.curve("sft", "val_loss")
+    finding = "The same model and the same loss on a small set of ideal answers, counted on the assistant’s tokens only"
+    finding += (
+        f": held-out loss {decimal(held_out[0][1])} to {decimal(held_out[-1][1])}." if len(held_out) > 1 else "."
+    )
+    kept = record.samples.get("sft", [])
+    last = max((number(sample.get("step")) or 0.0 for sample in kept), default=0.0)
+    cards = [
+        pages.card(pages.clean(sample.get("prompt", sample.get("question", "")), 200),
+                   pages.said(sample.get("text", sample.get("answer", "")), 500))
+        for sample in kept if (number(sample.get("step")) or 0.0) == last
+    ][:6]  # fmt: skip
+    examples = Markup("<h3>After finetuning</h3>") + pages.grid(cards, "cards three") if cards else Markup("")
+    return Section(id_, title, finding, charts + examples, "sft")
+
+
+def _curves(
+    record: Record, stage: str, title: str, *lines: tuple[str, str, str, bool], low: float | None = None,
+    high: float | None = None,
+) -> Markup:  # fmt: skip
+    """One chart of several metrics of a stage: (key, name, colour, noisy)."""
+    series = [Series(name, record.curve(stage, key), colour, noisy) for key, name, colour, noisy in lines]
+    return line_chart(series, title=title, x_name="step", y_low=low, y_high=high)
+
+
+# --- the reward model --------------------------------------------------------------------------------------------
+
+
+def reward(record: Record) -> Section:
+    """Accuracy on held-out pairs beside what the labeller's noise allows, and rankings as examples."""
+    result = record.part("reward")
+    id_, title = "reward", "Reward modelling"
+    if not result and not record.metrics.get("reward"):
+        gap = pages.missing("No reward model has been trained.", f"sog reward --out {record.name}")
+        return Section(id_, title, "Judging is easier than writing.", gap, "reward")
+    accuracy, ceiling = number(result.get("pair_accuracy")), number(result.get("ceiling"))
+    correlation, n = number(result.get("rank_correlation")), number(result.get("n"))
+    finding = f"Of two held-out answers it prefers the one the labeller preferred {percent(accuracy, 1)} of the time"
+    finding += f" (chance is 50%; the labeller’s own noise allows {percent(ceiling, 1)})." if ceiling else "."
+    rows: list[list[object]] = [
+        ["Chance", bar(0.5, "none")],
+        ["Reward model", bar(accuracy, "reward", percent(accuracy, 1))],
+        ["Ceiling: the labeller’s noise", bar(ceiling, "none", percent(ceiling, 1))],
+    ]
+    table = pages.table(["Held-out pairs right", ""], rows, caption="Reward model and ceiling", text_columns=2)
+    note = f"{count(n)} held-out comparisons" if n else ""
+    note += f"; mean rank correlation within a prompt {decimal(correlation)}" if correlation is not None else ""
+    charts = pages.grid(
+        [
+            pages.figure(_curves(record, "reward", "Ranking loss", ("loss", "loss", "c-reward", True))),
+            pages.figure(_curves(record, "reward", "Pairs ranked right", ("accuracy", "training", "c-none", True),
+                                 ("val_accuracy", "held out", "c-reward", False))),
+        ]
+    )  # fmt: skip
+    shown = [_ranking(example) for example in records(record.result("reward").get("examples"))[:4]]
+    examples = Markup("<h3>Answers, ranked</h3>") + Markup("").join(shown) if shown else Markup("")
+    body = table + (pages.paragraph(note + ".", "note") if note else Markup("")) + charts + examples
+    return Section(id_, title, finding, body, "reward")
+
+
+def _ranking(example: dict[str, Any]) -> Markup:
+    """One prompt's answers, best reward first, with the true score and the labeller's rank."""
+    answers = sorted(records(example.get("completions")), key=lambda a: -(number(a.get("score")) or 0.0))
+    scores = [number(answer.get("score")) or 0.0 for answer in answers]
+    span = max(scores) - min(scores) if scores else 0.0
+    rows: list[list[object]] = []
+    for answer, score in zip(answers, scores, strict=True):
+        share = (score - min(scores)) / span if span else 0.5
+        rows.append([
+            pages.said(answer.get("text", ""), 400),
+            bar(0.04 + 0.96 * share, "reward", f"{score:+.2f}".replace("-", "−")),
+            decimal(number(answer.get("true_score"))),
+            decimal(number(answer.get("rank")), 0),
+        ])  # fmt: skip
+    head = ["Answer", "Reward", "True score", "Labeller’s rank"]
+    prompt = pages.clean(example.get("prompt", ""), 240)
+    return pages.table(head, rows, caption=prompt or "A prompt")
+
+
+# --- reinforcement learning --------------------------------------------------------------------------------------
+
+
+def reinforcement(record: Record) -> Section:
+    """Reward, truth, distance, entropy and length as PPO goes on, and the manners it taught."""
+    id_, title = "rl", "Reinforcement learning"
+    if not record.metrics.get("rl"):
+        gap = pages.missing("No policy has been trained.", f"sog rl --out {record.name}")
+        return Section(id_, title, "Tokens that scored well become likelier.", gap, "rl")
+    result = record.part("rl")
+    before, after, p = (number(result.get(key)) for key in ("true_sft", "true_rl", "p_value"))
+    finding = "PPO against the reward model, held near the SFT model by a KL penalty"
+    if before is not None and after is not None:
+        finding += f": the true score, which it never saw, goes from {decimal(before, 3)} to {decimal(after, 3)}"
+        finding += f" on held-out prompts (paired test, p {probability(p)})" if p is not None else ""
+    finding += "."
+    charts = [
+        ("Reward by the reward model", "proxy_reward"),
+        ("True score", "true_score"),
+        ("KL to the SFT model, nats", "kl"),
+        ("Entropy, nats per token", "entropy"),
+        ("Tokens per answer", "length"),
+    ]
+    figures = [pages.figure(_curves(record, "rl", name, (key, name, "c-rl", True))) for name, key in charts]
+    figures.append(pages.figure(_manner_chart(record)))
+    return Section(id_, title, finding, _manners(record) + pages.grid(figures), "rl")
+
+
+def _manner_chart(record: Record) -> Markup:
+    lines = [(f"share_{name}", name, f"c-{colour}", False) for name, colour in MANNERS]
+    return _curves(record, "rl", "How plain arithmetic is answered, share", *lines, low=0.0, high=1.0)
+
+
+def _manners(record: Record) -> Markup:
+    """Two stacked bars: how plain arithmetic was answered when PPO began and when it ended."""
+    ends: list[list[tuple[str, float, str]]] = [[], []]
+    for name, colour in MANNERS:
+        values = [y for _, y in record.curve("rl", f"share_{name}")]
+        edge = max(1, round(len(values) * EDGE))
+        for end, part in zip(ends, (values[:edge], values[-edge:]), strict=True):
+            end.append((name, sum(part) / len(part) if part else 0.0, colour))
+    if not any(share for _, share, _ in ends[0] + ends[1]):
+        return Markup("")
+    rows = [["First updates", pages.stacked(ends[0])], ["Last updates", pages.stacked(ends[1])]]
+    table = pages.table(["Plain arithmetic", ""], rows, caption="How plain arithmetic is answered", text_columns=2)
+    names = {"direct": "direct guess", "steps": "written steps", "tool": "calculator"}
+    return table + pages.legend((names[name], colour) for name, colour in MANNERS)
+
+
+# --- three models ------------------------------------------------------------------------------------------------
+
+
+def skills(record: Record) -> Section:
+    """Every skill of every model on held-out questions, and the same questions answered by all."""
+    measured = {name: mapping(value) for name, value in record.part("skills").items()}
+    id_, title = "skills", "What each model can do"
+    if not measured:
+        gap = pages.missing("No model has been examined.", f"sog eval --out {record.name}")
+        return Section(id_, title, "The same held-out questions for every model.", gap)
+    models = [name for name in MODELS if name in measured] + [name for name in measured if name not in MODELS]
+    cells = []
+    for skill in _skill_names(measured.values()):
+        bars = [bar(share_right(measured[name].get(skill)), pages.colour_of(name)) for name in models]
+        cells.append(pages.card(pages.title_of(skill), Markup("").join(bars), "skill"))
+    n = max((number(mapping(v).get("n")) or 0 for skills_ in measured.values() for v in skills_.values()), default=0)
+    parts = [f"{pages.model_name(name)} {percent(_overall(measured[name]))}" for name in models]
+    finding = f"Share of held-out questions answered right, each skill counting the same: {', '.join(parts)}."
+    key = pages.legend((pages.model_name(name), pages.colour_of(name)) for name in models)
+    note = pages.paragraph(f"Up to {count(n)} questions a skill; the base model inside the fake transcript.", "note")
+    body = key + pages.grid(cells, "skills") + note + _examples(record, models)
+    return Section(id_, title, finding, body)
+
+
+def _examples(record: Record, models: Sequence[str]) -> Markup:
+    blocks = [
+        question_block(example, models) for example in records(record.result("eval").get("examples"))[1:7]
+    ]
+    return Markup("<h3>The same question, every model</h3>") + Markup("").join(blocks) if blocks else Markup("")
+
+
+def question_block(example: dict[str, Any], models: Sequence[str]) -> Markup:
+    """A question and the models' answers side by side."""
+    answers = mapping(example.get("answers"))
+    order = [name for name in models if name in answers] + [name for name in answers if name not in models]
+    cards = [pages.card(pages.tag(name), pages.said(answers[name], 500), f"c-{pages.colour_of(name)}") for name in order]
+    question = Markup('<h4 class="question">{}</h4>').format(pages.clean(example.get("question", ""), 300))
+    return question + pages.grid(cards, "cards three")
+
+
+def names_of(value: object) -> list[str]:
+    """The strings in a list."""
+    return [pages.clean(name, 40) for name in sequence(value) if isinstance(name, str)]

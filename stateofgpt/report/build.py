@@ -1,0 +1,98 @@
+"""`sog report`: a run's folder in, one HTML file out that opens anywhere, with no network and no script.
+
+Owns the order of the chapters, the head and the foot of the page. What is in them is in `training`, `assistants` and
+`verdicts`. It reads only what the run wrote, so it can be built at any time, also while the run is at work, and the
+same folder always makes the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from markupsafe import Markup
+
+from stateofgpt.report import assistants, pages, training, verdicts
+from stateofgpt.report.pages import count, decimal, duration
+from stateofgpt.report.record import MODELS, Record, mapping, number, records
+from stateofgpt.run import Run, write_atomic
+
+CHAPTERS = (
+    training.pipeline,
+    training.mixture,
+    training.tokenization,
+    training.pretraining,
+    training.lesson,
+    assistants.base_tricks,
+    assistants.finetuning,
+    assistants.reward,
+    assistants.reinforcement,
+    assistants.skills,
+    verdicts.diversity,
+    verdicts.leaderboard,
+    verdicts.family,
+    verdicts.cost,
+    verdicts.onward,
+)
+
+
+def build(run_dir: Path) -> Path:
+    """Write `report.html` of the run in `run_dir` and return its path. RunError if there is no run."""
+    path = Run.read(run_dir).report_path
+    write_atomic(path, render(Record.read(run_dir)))
+    return path
+
+
+def render(record: Record) -> str:
+    """The page."""
+    title = _title(record)
+    return pages.page(title, _head(record, title), [chapter(record) for chapter in CHAPTERS], _foot(record))
+
+
+def _total(record: Record) -> float:
+    told = number(mapping(record.summary.get("wall_seconds")).get("total"))
+    return told if told is not None else sum(record.wall_seconds().values())
+
+
+def _title(record: Record) -> str:
+    total = _total(record)
+    if not record.leaderboard():
+        return "An assistant in the making"
+    if total < 90:
+        return f"An assistant, raised in {total:.0f} seconds"
+    return f"An assistant, raised in {total / 60:.0f} minutes" if total < 5400 else f"An assistant, raised in {total / 3600:.1f} hours"
+
+
+def _head(record: Record, title: str) -> Markup:
+    trained, machine = record.part("pretrain"), mapping(record.summary.get("machine"))
+    cores = number(machine.get("cores")) or number(machine.get("cpu_count"))
+    where = f" on {cores:.0f} CPU cores" if cores else ""
+    intro = (
+        f"From raw text to reinforcement learning from human feedback{where}: the training pipeline of Andrej "
+        "Karpathy’s talk “State of GPT”, run for real, with the talk’s pictures made from this run."
+    )
+    figures = [
+        (count(number(trained.get("n_params"))), "parameters"),
+        (count(number(trained.get("tokens"))), "tokens read"),
+        (decimal(number(trained.get("val_bpb"))), "bits per byte, held out"),
+        (duration(_total(record)) if record.seconds or record.summary else "–", "from text to assistant"),
+    ]
+    cells = Markup("").join(Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(n, v) for v, n in figures if v != "–")
+    examples = records(record.result("eval").get("examples"))
+    first = Markup("")
+    if examples:
+        lead = Markup('<p class="kicker">One question, three models</p>')
+        first = Markup('<div class="hero">{}</div>').format(lead + assistants.question_block(examples[0], MODELS))
+    return Markup('<p class="kicker">State of GPT · {}</p><h1>{}</h1><p class="intro">{}</p><dl class="figures">{}</dl>{}').format(
+        f"recipe {record.recipe}, seed {record.seed}", title, intro, cells, first
+    )
+
+
+def _foot(record: Record) -> Markup:
+    words = (
+        f"Made by stateofgpt from the run {record.name} (recipe {record.recipe}, seed {record.seed}). Every number here is "
+        "in its summary.json, result.json, metrics.jsonl and samples.jsonl."
+    )
+    if not record.problems:
+        return pages.paragraph(words)
+    items = Markup("").join(Markup("<li>{}</li>").format(pages.clean(problem, 300)) for problem in record.problems)
+    return pages.paragraph(words) + Markup("<p>Not everything could be read:</p><ul>{}</ul>").format(items)

@@ -1,0 +1,130 @@
+"""Training a reward model from rankings, and asking it for scores. Knows where no ranking comes from.
+
+InstructGPT (arXiv 2203.02155, section 3.5): starts from the SFT weights, all K(K-1)/2 pairs of a prompt in one batch, one
+epoch, scores then shifted to mean 0.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stateofgpt.data.comparisons import Ranking
+from stateofgpt.model.heads import RewardModel
+from stateofgpt.rl.objective import pair_accuracy, ranking_loss
+from stateofgpt.text.chat import ChatFormat, Conversation
+from stateofgpt.train.loop import LoopConfig
+from stateofgpt.train.loss import Dtype
+from stateofgpt.train.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class RewardTraining:
+    """How a reward model learns."""
+
+    prompts_per_step: int = 8
+    warmup: int = 4
+    decay_share: float = 0.7
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(optim=OptimConfig(lr=5e-4, muon_lr=0.004, weight_decay=0.0))
+    )
+
+
+@dataclass(frozen=True)
+class RankedBatch:
+    """`ids` [prompts * K, T] padded on the right; `ranks` [prompts, K], 0 where a prompt has fewer completions."""
+
+    ids: Tensor
+    ranks: Tensor
+
+    @property
+    def weight(self) -> float:
+        return float(self.ranks.shape[0])
+
+
+def conversation_ids(chat: ChatFormat, prompt: Conversation, completion: Conversation, context: int) -> list[int]:
+    """What a reward model reads: the rendered whole, its oldest tokens dropped where it is longer than the context."""
+    ids = chat.render((*prompt, *completion)).ids
+    while ids and ids[-1] != chat.tokenizer.im_end:  # the model is read at the end of the last turn
+        ids.pop()
+    return ids[-context:]
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Rows of ids as one tensor [n, longest], padded on the right; lengths rounded up to a multiple of 16."""
+    longest = -(-max(len(row) for row in rows) // 16) * 16
+    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.int64)
+
+
+def ranked_batch(chat: ChatFormat, rankings: Sequence[Ranking], context: int) -> RankedBatch:
+    """One batch of several prompts with all their completions."""
+    most = max(len(r.ranks) for r in rankings)
+    rows = [
+        conversation_ids(chat, r.prompt, r.completions[min(k, len(r.ranks) - 1)], context)
+        for r in rankings
+        for k in range(most)
+    ]
+    ranks = torch.tensor([[*r.ranks, *[0] * (most - len(r.ranks))] for r in rankings])
+    return RankedBatch(pad(rows, chat.tokenizer.pad), ranks)
+
+
+class RankingLoss:
+    """`loss(model, batch)`: ranking loss summed over the batch's prompts."""
+
+    def __init__(self, dtype: Dtype) -> None:
+        self.dtype = dtype
+        self.right, self.pairs = 0, 0  # since last asked, of what was trained on
+
+    def __call__(self, model: RewardModel, batch: RankedBatch) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            scores = model(batch.ids).float().view(batch.ranks.shape)
+        right, pairs = pair_accuracy(scores.detach(), batch.ranks)
+        self.right, self.pairs = self.right + right, self.pairs + pairs
+        return ranking_loss(scores, batch.ranks) * batch.weight
+
+    def accuracy(self) -> float:
+        """Share of the pairs trained on since the last call that were ordered right before the step."""
+        out = self.right / max(1, self.pairs)
+        self.right, self.pairs = 0, 0
+        return out
+
+
+def step_order(n: int, seed: int, per_step: int) -> list[list[int]]:
+    """Indices of one shuffled epoch, in steps of `per_step`; a rest too small for a step is left out."""
+    order = list(range(n))
+    random.Random(f"rankings {seed}").shuffle(order)
+    return [order[i : i + per_step] for i in range(0, max(1, n - per_step + 1), per_step)]
+
+
+@torch.no_grad()
+def score_ids(model: RewardModel, rows: Sequence[Sequence[int]], pad_id: int, at_once: int = 64) -> list[float]:
+    """Raw scores of id rows, computed in float32, longest first so that little is padding."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    out = [0.0] * len(rows)
+    for start in range(0, len(order), at_once):
+        chosen = order[start : start + at_once]
+        for i, score in zip(chosen, model(pad([rows[i] for i in chosen], pad_id)).tolist(), strict=True):
+            out[i] = score
+    return out
+
+
+def score_rankings(model: RewardModel, chat: ChatFormat, rankings: Sequence[Ranking]) -> list[list[float]]:
+    """Raw scores of every completion of every ranking."""
+    context = model.config.max_position_embeddings
+    rows = [conversation_ids(chat, r.prompt, c, context) for r in rankings for c in r.completions]
+    flat = iter(score_ids(model, rows, chat.tokenizer.pad))
+    return [[next(flat) for _ in r.completions] for r in rankings]
+
+
+def held_out_accuracy(scores: Sequence[Sequence[float]], rankings: Sequence[Ranking]) -> tuple[int, int]:
+    """(pairs ordered as ranked, pairs) over rankings with any numbers of completions."""
+    right = pairs = 0
+    for row, ranking in zip(scores, rankings, strict=True):
+        for better, worse in ranking.pairs():
+            right += row[better] > row[worse]
+            pairs += 1
+    return right, pairs

@@ -1,0 +1,65 @@
+"""Rollouts: what a policy answered, as the tensors that policy optimisation needs.
+
+Owns the layout (prompt, sampled tokens, tool output, padding) and the forward passes over it. Knows nothing of objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stateofgpt.assistant.session import Turn
+from stateofgpt.model.gpt import GPT
+from stateofgpt.model.heads import ValueModel
+from stateofgpt.rl.objective import token_logprobs
+from stateofgpt.rl.reward_training import pad
+from stateofgpt.train.loss import Dtype
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """`ids` [B, T+1] padded on the right; `mask` [B, T], 1 at t where token t+1 was sampled by the policy."""
+
+    ids: Tensor
+    mask: Tensor
+
+    @property
+    def inputs(self) -> Tensor:
+        return self.ids[:, :-1]
+
+    @property
+    def targets(self) -> Tensor:
+        return self.ids[:, 1:]
+
+    def rows(self, index: Tensor) -> Rollouts:
+        """Some rows, without the columns that are padding in all of them."""
+        ids, mask = self.ids[index], self.mask[index]
+        used = int((mask.sum(0) > 0).nonzero().max()) + 1 if mask.any() else 1
+        return Rollouts(ids[:, : used + 1], mask[:, :used])
+
+
+def rollouts_of(turns: Sequence[Turn], pad_id: int) -> Rollouts:
+    """Lay out turns of a session."""
+    ids = pad([[*turn.prompt_ids, *turn.ids] for turn in turns], pad_id)
+    mask = torch.zeros(ids.shape[0], ids.shape[1] - 1)
+    for row, turn in enumerate(turns):
+        start = len(turn.prompt_ids) - 1
+        mask[row, start : start + len(turn.mask)] = torch.tensor(turn.mask, dtype=torch.float32)
+    return Rollouts(ids, mask)
+
+
+def policy_logprobs(model: GPT, rollouts: Rollouts, dtype: Dtype) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the sampled tokens and entropies, each [B, T], at temperature 1."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        logits = model(rollouts.inputs)
+    return token_logprobs(logits, rollouts.targets)
+
+
+def values(model: ValueModel, rollouts: Rollouts, dtype: Dtype) -> Tensor:
+    """Values [B, T] of the states in which the tokens were chosen."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        out = model(rollouts.inputs)
+    return out.float()

@@ -1,0 +1,140 @@
+"""The door: which requests get in, and what every response says to the browser.
+
+Owns the allow-list of hosts (against DNS rebinding), the origin check (against other sites' pages), the content type,
+the size of bodies, the security headers, and that an error never shows more than a sentence. Knows no route.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stateofgpt.data.feedback import FeedbackConflict, FeedbackRefused, UnknownMessage
+from stateofgpt.errors import FeedbackError, ServeError, StateOfGptError
+from stateofgpt.serve.protocol import MAX_BODY_BYTES, ApiError, error_body
+
+log = logging.getLogger("stateofgpt.serve")
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types answer"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-cache",
+}
+
+
+def hostname(host: str) -> str:
+    """The name in a Host header or authority, without its port: `[::1]:8000` -> `::1`."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower()
+
+
+class Guard:
+    """ASGI middleware: refuses foreign hosts and origins, and adds the security headers to every response."""
+
+    def __init__(self, app: ASGIApp, hosts: tuple[str, ...] = LOOPBACK) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        started = False
+
+        async def send_guarded(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        refusal = self._refusal(scope["method"], Headers(scope=scope))
+        if refusal is not None:
+            await refuse(refusal)(scope, receive, send_guarded)
+            return
+        try:
+            await self.app(scope, receive, send_guarded)
+        except ClientDisconnect:
+            return
+        except Exception as error:
+            response = refuse(error)
+            if not started:
+                await response(scope, receive, send_guarded)
+
+    def _refusal(self, method: str, headers: Headers) -> ApiError | None:
+        host = headers.get("host", "")
+        if hostname(host) not in self.hosts:
+            return ApiError(421, "this server answers to its loopback address only: open http://127.0.0.1 and its port")
+        if method in ("GET", "HEAD"):
+            return None
+        origin = headers.get("origin")
+        foreign = origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower())
+        if foreign or headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+            return ApiError(403, "requests from pages of other origins are refused")
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if method == "POST" and kind != "application/json":
+            return ApiError(415, "send the body as application/json")
+        length = headers.get("content-length", "0")
+        if not length.isascii() or not length.isdigit():
+            return ApiError(400, "content-length must be a number")
+        if int(length[:20]) > MAX_BODY_BYTES:
+            return too_large()
+        return None
+
+
+def too_large() -> ApiError:
+    return ApiError(413, f"the body is too large: {MAX_BODY_BYTES} bytes is the limit")
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, given up on as soon as it passes the limit."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise too_large()
+    return bytes(body)
+
+
+def refuse(error: Exception) -> JSONResponse:
+    """Any error as a response: one sentence, and for a bug of ours only the id under which the log has it."""
+    headers: dict[str, str] = {}
+    if isinstance(error, ApiError):
+        return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status)
+    if isinstance(error, HTTPException):
+        words = {404: "there is nothing at this address", 405: "this address does not take this method"}
+        message = words.get(error.status_code, str(error.detail))
+        return JSONResponse(error_body(message, error.status_code), error.status_code, dict(error.headers or {}))
+    if isinstance(error, StateOfGptError):
+        kinds = ((UnknownMessage, 404), (FeedbackConflict, 409), (FeedbackRefused, 400), (FeedbackError, 503))
+        status = next((status for kind, status in kinds if isinstance(error, kind)), 400)
+        if isinstance(error, ServeError):
+            status = 503
+        if status == 503:
+            headers["retry-after"] = "2"
+        return JSONResponse(error_body(str(error), status), status, headers)
+    return JSONResponse(error_body(report_bug(error), 500), 500, {"x-should-retry": "false"})
+
+
+def report_bug(error: BaseException) -> str:
+    """Log an unexpected error and return what may be said about it."""
+    id = secrets.token_hex(4)
+    log.error("request %s failed", id, exc_info=error)
+    return f"something went wrong in the server; its log has the details under {id}"

@@ -1,0 +1,220 @@
+"""Pretraining: next-token prediction on the mixture, from random weights to a base model.
+
+Owns what is particular to the stage: the dial's decision, learning rates, held-out bits per byte, live samples. The
+loop, the optimizer and the order of data live elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from stateofgpt.config import from_dict
+from stateofgpt.data.batches import PretrainBatches, validation_rows
+from stateofgpt.data.shards import Shards
+from stateofgpt.errors import ConfigError
+from stateofgpt.eval.likelihood import bits_per_byte
+from stateofgpt.infer.engine import Engine, SamplingParams
+from stateofgpt.model.checkpoint import save_checkpoint
+from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.run import Run, Stage
+from stateofgpt.text.tokenizer import Tokenizer
+from stateofgpt.train.dial import choose, shape, timed_steps
+from stateofgpt.train.loop import LoopConfig, Trainer, fit
+from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
+from stateofgpt.train.optim import OptimConfig
+from stateofgpt.train.schedule import warmup_stable_decay
+from stateofgpt.train.state import TrainState
+
+PROMPTS = (
+    "The king",
+    "Q: What is 12 + 7?\nA:",
+    "import os\n\ndef ",
+    "Names of creatures:",
+    "In the beginning",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Give `seconds`, or `steps` with a `width` and `layers`; what is left open the dial decides."""
+
+    seconds: float | None = None
+    steps: int | None = None
+    width: int | None = None
+    layers: int | None = None
+    context: int = 256
+    rows: int = 32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compiled: bool | None = None
+    warmup: int = 10
+    decay_share: float = 0.6
+    sample_at: tuple[float, ...] = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
+    sample_tokens: int = 48
+    eval_at: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+    eval_tokens: int = 8192
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        if (self.seconds is None) == (self.steps is None):
+            raise ConfigError("pretrain needs either seconds or steps, and not both")
+
+
+def run(config: Config, run: Run) -> dict[str, Any]:
+    """Train a base model on the shards of the tokenize stage; returns the stage's result."""
+    stage = run.stage("pretrain")
+    with stage.timed():
+        if (done := stage.result()) is not None:
+            return done
+        return _Pretraining(config, run, stage).work()
+
+
+class _Pretraining:
+    def __init__(self, config: Config, run: Run, stage: Stage) -> None:
+        self.config, self.run, self.stage = config, run, stage
+        folder = run.stage("tokenize").dir
+        self.tokenizer = Tokenizer.load(folder)
+        self.shards = Shards.open(folder)
+        self.weights = {s["name"]: s["weight"] for s in (run.stage("collect").result() or {})["sources"]}
+
+    def work(self) -> dict[str, Any]:
+        plan = self.stage.decide("plan", self._plan)
+        model = GPT(from_dict(GPTConfig, plan["model"]))
+        model.init_weights(torch.Generator().manual_seed(self.run.seed))
+        loss = LanguageModelLoss(plan["dtype"], plan["compiled"])
+        rows, context = self.config.rows, self.config.context
+        steps = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss)})["steps"]
+        batches = PretrainBatches(self.shards, self.weights, rows, context, self.run.seed, steps * rows)
+        trainer = Trainer(model, self.config.loop)
+        watch = _Watch(self, model, steps)
+        fit(
+            trainer,
+            lambda step: [Batch.of(*batches.batch(step))],
+            loss,
+            steps=steps,
+            factor=lambda step: warmup_stable_decay(
+                step, steps, warmup=self.config.warmup, decay_share=self.config.decay_share
+            ),
+            state=TrainState(self.stage.resume_dir),
+            on_resume=self.stage.truncate_metrics,
+            callbacks=(watch,),
+        )
+        return self._finish(model, steps, batches)
+
+    def _plan(self) -> dict[str, Any]:
+        c = self.config
+        vocab = -(-self.tokenizer.vocab_size // 64) * 64
+        if c.width is not None and c.layers is not None:
+            dtype: Dtype = "float32" if c.dtype == "auto" else c.dtype
+            return {"model": asdict(shape(c.width, c.layers, vocab, c.context)), "dtype": dtype,
+                    "compiled": bool(c.compiled), "rates": {}}
+        if c.seconds is None:
+            raise ConfigError("pretrain without seconds needs both width and layers")
+        choice = choose(vocab, c.context, c.seconds, rows=c.rows)
+        return {
+            "model": asdict(choice.config),
+            "dtype": choice.dtype if c.dtype == "auto" else c.dtype,
+            "compiled": choice.compiled if c.compiled is None else c.compiled,
+            "rates": choice.rates,
+        }
+
+    def _steps(self, model: GPT, loss: LanguageModelLoss) -> int:
+        """Steps that fit what is left of the budget, from the measured time of a whole step on this machine."""
+        c = self.config
+        if c.steps is not None:
+            return c.steps
+        assert c.seconds is not None
+        ids = torch.zeros(c.rows, c.context, dtype=torch.int64)
+        batch = Batch(ids, ids, torch.ones(c.rows, c.context))
+        forward_backward = timed_steps(lambda: loss(model, batch), model, 3)
+        copy = GPT(model.config)
+        trainer = Trainer(copy, c.loop)
+        for p in copy.parameters():
+            p.grad = torch.zeros_like(p)
+        start = time.perf_counter()
+        trainer.optimizer.step(0.0)
+        step_seconds = forward_backward + time.perf_counter() - start
+        start = time.perf_counter()
+        _Watch(self, copy, 1).evaluate(c.eval_tokens // 4)
+        looks = (time.perf_counter() - start) * (4 + len(c.eval_at)) + 1.0 * len(c.sample_at)
+        left = c.seconds - self.stage.seconds() - looks
+        return max(20, int(left / step_seconds))
+
+    def _finish(self, model: GPT, steps: int, batches: PretrainBatches) -> dict[str, Any]:
+        lines = self.stage.metrics()
+        with_loss = [line for line in lines if "tokens_per_second" in line]
+        bpb = [line for line in lines if "val_bpb" in line]
+        result = {
+            "n_params": model.n_params(),
+            "steps": steps,
+            "tokens": steps * self.config.rows * self.config.context,
+            "tokens_per_second": sorted(x["tokens_per_second"] for x in with_loss)[len(with_loss) // 2],
+            "val_bpb_start": bpb[0]["val_bpb"],
+            "val_bpb": bpb[-1]["val_bpb"],
+            "val_bpb_by_source": {
+                k.removeprefix("val_bpb_"): v for k, v in bpb[-1].items() if k.startswith("val_bpb_")
+            },
+            "realised": {"share": batches.share(), "epochs": batches.epochs()},
+            "plan": self.stage.decide("plan", dict),
+        }
+        save_checkpoint(
+            self.stage.checkpoint, model, tokenizer=self.tokenizer, stage="pretrain", run=self.run.root.name,
+            metrics={"val_bpb": result["val_bpb"], "tokens": result["tokens"]},
+        )
+        TrainState(self.stage.resume_dir).clear()
+        self.stage.finish(result)
+        return result
+
+
+class _Watch:
+    """The loop's callback: metrics after every step, held-out loss and samples at the chosen points."""
+
+    def __init__(self, work: _Pretraining, model: GPT, steps: int) -> None:
+        self.work, self.model, self.steps = work, model, steps
+        self.sample_steps = {round(x * steps) for x in work.config.sample_at}
+        self.eval_steps = {round(x * steps) for x in work.config.eval_at}
+        self.since = time.perf_counter()
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        config, stage = self.work.config, self.work.stage
+        per_step = config.rows * config.context
+        if step > 0:
+            seconds = time.perf_counter() - self.since
+            stage.log(step, **metrics, tokens=step * per_step, tokens_per_second=per_step / seconds)
+        if step in self.eval_steps:
+            budget = config.eval_tokens if step in (0, self.steps) else config.eval_tokens // 4
+            stage.log(step, tokens=step * per_step, **self.evaluate(budget))
+        if step in self.sample_steps:
+            self.sample(step, step * per_step)
+        self.since = time.perf_counter()
+
+    @torch.no_grad()
+    def evaluate(self, max_tokens: int) -> dict[str, float]:
+        """Held-out bits per byte per source, and their mean by mixture weight."""
+        work, loss, out = self.work, LanguageModelLoss("float32"), {}
+        for name in work.shards.sources:
+            ids, targets, mask, n_bytes = validation_rows(work.shards, name, work.config.context, max_tokens)
+            if n_bytes == 0:
+                continue
+            nats = sum(
+                loss(self.model, Batch.of(ids[i : i + 16], targets[i : i + 16], mask[i : i + 16])).item()
+                for i in range(0, len(ids), 16)
+            )
+            out[f"val_bpb_{name}"] = bits_per_byte(nats, n_bytes)
+        total = sum(work.weights[n.removeprefix("val_bpb_")] for n in out)
+        mean = sum(work.weights[n.removeprefix("val_bpb_")] * v for n, v in out.items()) / total
+        return {"val_bpb": mean, **out}
+
+    def sample(self, step: int, tokens: int) -> None:
+        """Keep what the model makes of the fixed prompts now."""
+        work = self.work
+        engine = Engine(self.model, max_batch=len(PROMPTS))
+        prompts = [[work.tokenizer.eot, *work.tokenizer.encode(text)] for text in PROMPTS]
+        params = SamplingParams(
+            max_tokens=work.config.sample_tokens, temperature=0.8, seed=work.run.seed, stop_ids=(work.tokenizer.eot,)
+        )
+        for text, completion in zip(PROMPTS, engine.complete(prompts, params), strict=True):
+            work.stage.sample(step, tokens=tokens, prompt=text, text=work.tokenizer.decode(completion.ids))

@@ -1,0 +1,228 @@
+"""Reward modelling: several completions of each prompt are ranked, and a model learns to predict the ranking.
+
+Owns what is particular to the stage: sampling K completions from the SFT model, having the simulated labeller rank them
+(or taking people's rankings from a file), and measuring the reward model beside the labeller's own noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from stateofgpt.data.comparisons import Ranking, read_rankings, write_rankings
+from stateofgpt.data.prompts import PromptConfig, prompts
+from stateofgpt.data.skills import Problem, Split, problem_from_json, problem_to_json
+from stateofgpt.errors import ConfigError, DataError
+from stateofgpt.eval.statistics import spearman
+from stateofgpt.infer.engine import Engine, SamplingParams
+from stateofgpt.assistant.session import Session
+from stateofgpt.assistant.tools import Toolbox
+from stateofgpt.eval.suites import conversation
+from stateofgpt.model.checkpoint import load_model, save_checkpoint
+from stateofgpt.model.heads import RewardModel
+from stateofgpt.rl.labeller import DEFAULT_NOISE, SimulatedLabeller, noise_ceiling, pairs_of
+from stateofgpt.rl.reward_training import (
+    RankingLoss,
+    RewardTraining,
+    held_out_accuracy,
+    ranked_batch,
+    score_rankings,
+    step_order,
+)
+from stateofgpt.run import Run, Stage
+from stateofgpt.stages.transcript import written
+from stateofgpt.text.chat import ChatFormat
+from stateofgpt.text.tokenizer import Tokenizer
+from stateofgpt.train.loop import Trainer, fit
+from stateofgpt.train.schedule import warmup_stable_decay
+from stateofgpt.train.state import TrainState
+
+CHUNK = 24  # prompts sampled at once; a chunk is the unit in which sampling resumes
+
+
+@dataclass(frozen=True)
+class Config:
+    """Give `seconds` or `n_prompts`. With `rankings` (a JSONL of people's rankings) nothing is sampled or simulated."""
+
+    seconds: float | None = None
+    n_prompts: int | None = None
+    held_out_prompts: int = 96
+    completions: int = 4
+    noise: float = DEFAULT_NOISE
+    temperature: float = 1.0
+    max_tokens: int = 150
+    rankings: str | None = None
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    training: RewardTraining = field(default_factory=RewardTraining)
+
+    def __post_init__(self) -> None:
+        if (self.seconds is None) == (self.n_prompts is None):
+            raise ConfigError("reward needs either seconds or n_prompts, and not both")
+        if self.completions < 2:
+            raise ConfigError(f"reward.completions is {self.completions}, a ranking needs at least 2")
+
+
+def run(config: Config, run: Run) -> dict[str, Any]:
+    """Train a reward model on the run's SFT model; returns the stage's result."""
+    stage = run.stage("reward")
+    with stage.timed():
+        if (done := stage.result()) is not None:
+            return done
+        return _RewardModelling(config, run, stage).work()
+
+
+class _RewardModelling:
+    def __init__(self, config: Config, run: Run, stage: Stage) -> None:
+        self.config, self.run, self.stage = config, run, stage
+        self.sft = run.stage("sft").checkpoint
+        self.tokenizer = Tokenizer.load(self.sft)
+        self.chat = ChatFormat(self.tokenizer)
+        self.labeller = SimulatedLabeller(run.seed, config.noise)
+        self.dtype = run.stage("pretrain").decide("plan", dict)["dtype"]
+
+    def work(self) -> dict[str, Any]:
+        train, held_out = self._rankings()
+        gpt = load_model(self.sft)
+        model = RewardModel(gpt, self.tokenizer.pad)
+        context = gpt.config.max_position_embeddings
+        training = self.config.training
+        order = step_order(len(train), self.run.seed, training.prompts_per_step)
+        loss = RankingLoss(self.dtype)
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            extra = {}
+            if step in {round(x * len(order) / 4) for x in range(5)}:
+                right, pairs = held_out_accuracy(score_rankings(model, self.chat, held_out), held_out)
+                extra = {"val_accuracy": right / max(1, pairs)}
+            if metrics:
+                metrics = {**metrics, "accuracy": loss.accuracy()}
+            if metrics or extra:
+                self.stage.log(step, **metrics, **extra)
+
+        fit(
+            Trainer(model, training.loop),
+            lambda step: [ranked_batch(self.chat, [train[i] for i in order[step]], context)],
+            loss,
+            steps=len(order),
+            factor=lambda step: warmup_stable_decay(
+                step, len(order), warmup=training.warmup, decay_share=training.decay_share
+            ),
+            state=TrainState(self.stage.resume_dir),
+            on_resume=self.stage.truncate_metrics,
+            callbacks=(log,),
+        )
+        return self._finish(model, train, held_out)
+
+    # ---- rankings -------------------------------------------------------------------------------------------------
+
+    def _rankings(self) -> tuple[list[Ranking], list[Ranking]]:
+        if self.config.rankings is not None:
+            own = read_rankings(Path(self.config.rankings))
+            if len(own) < 20:
+                raise DataError(f"{self.config.rankings} holds {len(own)} rankings; at least 20 are needed")
+            held_out = max(2, len(own) // 10)
+            return own[held_out:], own[:held_out]
+        session = Session(Engine(load_model(self.sft), max_batch=96), self.chat, Toolbox())
+        held_out_rankings = self._sampled(session, "heldout", self.config.held_out_prompts)
+        n = self.stage.decide("prompts", lambda: {"n": self._affordable(session)})["n"]
+        train = self._sampled(session, "train", n)
+        write_rankings(self.stage.dir / "rankings.jsonl", train)
+        write_rankings(self.stage.dir / "rankings_held_out.jsonl", held_out_rankings)
+        return train, held_out_rankings
+
+    def _affordable(self, session: Session) -> int:
+        """How many prompts the budget allows: what one chunk takes to sample and to learn from, measured."""
+        if self.config.n_prompts is not None:
+            return self.config.n_prompts
+        assert self.config.seconds is not None
+        start = time.perf_counter()
+        chunk = self._chunk(session, "train", 0)
+        model = RewardModel(load_model(self.sft), self.tokenizer.pad)
+        context = model.config.max_position_embeddings
+        per_step = self.config.training.prompts_per_step
+        trainer = Trainer(model, self.config.training.loop)
+        for i in range(0, len(chunk), per_step):
+            trainer.step([ranked_batch(self.chat, chunk[i : i + per_step], context)], RankingLoss(self.dtype), 0.0)
+        seconds = time.perf_counter() - start
+        left = self.config.seconds - self.stage.seconds() - 3.0
+        return max(2, 1 + int(left / seconds)) * CHUNK
+
+    def _sampled(self, session: Session, split: Split, n: int) -> list[Ranking]:
+        out: list[Ranking] = []
+        for start in range(0, n, CHUNK):
+            out += self._chunk(session, split, start)
+        return out[:n]
+
+    def _chunk(self, session: Session, split: Split, start: int) -> list[Ranking]:
+        """Rankings of the prompts from `start`, from the stage's folder where they have been made before."""
+        path = self.stage.dir / "sampled" / f"{split}_{start:06d}.jsonl"
+        if not path.exists():
+            asked = prompts(self.run.seed, CHUNK, self.config.prompts, split, start)
+            path.parent.mkdir(exist_ok=True)
+            write_rankings(path, self._rank(session, asked, split, start))
+        return read_rankings(path)
+
+    def _rank(self, session: Session, asked: Sequence[Problem], split: Split, start: int) -> list[Ranking]:
+        k = self.config.completions
+        seed = self.run.seed * 1_000_003 + start * 2 + (split == "heldout")
+        params = SamplingParams(max_tokens=self.config.max_tokens, temperature=self.config.temperature, seed=seed)
+        turns = session.converse([conversation(p) for p in asked for _ in range(k)], params)
+        out = []
+        for i, problem in enumerate(asked):
+            completions = tuple(turn.messages for turn in turns[i * k : (i + 1) * k])
+            ranks = self.labeller.rank(problem, completions, start + i + 1_000_000 * (split == "heldout"))
+            out.append(Ranking(conversation(problem), completions, ranks, problem_to_json(problem)))
+        return out
+
+    # ---- results --------------------------------------------------------------------------------------------------
+
+    def _finish(self, model: RewardModel, train: list[Ranking], held_out: list[Ranking]) -> dict[str, Any]:
+        scores = score_rankings(model, self.chat, held_out)
+        right, pairs = held_out_accuracy(scores, held_out)
+        usual = [s for row in score_rankings(model, self.chat, train[:64]) for s in row]
+        result: dict[str, Any] = {
+            "n_prompts": len(train),
+            "n_pairs": sum(len(r.pairs()) for r in train),
+            "pair_accuracy": right / max(1, pairs),
+            "n": pairs,
+            "mean": fmean(usual),
+            "std": pstdev(usual) or 1.0,
+            "simulated": self.config.rankings is None,
+        }
+        if self.config.rankings is None:
+            result |= self._beside_the_truth(scores, held_out)
+        save_checkpoint(
+            self.stage.checkpoint, model, tokenizer=self.tokenizer, stage="reward", run=self.run.root.name,
+            parents=[self.sft], metrics={"pair_accuracy": result["pair_accuracy"]},
+        )
+        TrainState(self.stage.resume_dir).clear()
+        self.stage.finish(result)
+        return result
+
+    def _beside_the_truth(self, scores: list[list[float]], held_out: list[Ranking]) -> dict[str, Any]:
+        truths, correlations, pairs, examples = [], [], [], []
+        for row, ranking in zip(scores, held_out, strict=True):
+            problem = problem_from_json(ranking.problem or {})
+            truth = [self.labeller.score(problem, c) for c in ranking.completions]
+            truths.append(truth)
+            pairs += pairs_of(truth, ranking.ranks)
+            if len(set(truth)) > 1:
+                correlations.append(spearman(row, truth))
+            if len(examples) < 6 and len(set(truth)) > 2:
+                examples.append({
+                    "prompt": problem.question,
+                    "completions": [
+                        {"text": written(c), "score": s, "true_score": t, "rank": r}
+                        for c, s, t, r in zip(ranking.completions, row, truth, ranking.ranks, strict=True)
+                    ],
+                })
+        return {
+            "ceiling": noise_ceiling(pairs),
+            "rank_correlation": fmean(correlations) if correlations else 0.0,
+            "examples": examples,
+        }
+

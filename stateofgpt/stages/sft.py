@@ -1,0 +1,195 @@
+"""Supervised finetuning: the base model learns to answer, from demonstrations in the chat format.
+
+Owns what is particular to the stage: where demonstrations come from, its learning rate and its held-out loss. Packing,
+loss and loop live elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stateofgpt.data.demonstrations import (
+    DemonstrationConfig,
+    chitchat_path,
+    demonstration,
+    read_demonstrations,
+    read_dialogues,
+)
+from stateofgpt.data.packing import Packed, Packer
+from stateofgpt.data.skills import demonstrate, problem
+from stateofgpt.errors import ConfigError, DataError
+from stateofgpt.model.checkpoint import load_model, save_checkpoint
+from stateofgpt.model.gpt import GPT
+from stateofgpt.run import Run, Stage
+from stateofgpt.text.chat import ChatFormat, Conversation
+from stateofgpt.text.tokenizer import Tokenizer
+from stateofgpt.train.loop import LoopConfig, Trainer, fit
+from stateofgpt.train.loss import Batch, LanguageModelLoss
+from stateofgpt.train.optim import OptimConfig
+from stateofgpt.train.schedule import warmup_stable_decay
+from stateofgpt.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Config:
+    """Give `seconds` or `steps`. `files` are JSONL of one's own demonstrations, drawn with `files_share`."""
+
+    seconds: float | None = None
+    steps: int | None = None
+    rows: int = 32
+    warmup: int = 5
+    decay_share: float = 0.6
+    validation_rows: int = 16
+    data: DemonstrationConfig = field(default_factory=DemonstrationConfig)
+    files: tuple[str, ...] = ()
+    files_share: float = 0.3
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(optim=OptimConfig(lr=1.5e-3, muon_lr=0.01)))
+
+    def __post_init__(self) -> None:
+        if (self.seconds is None) == (self.steps is None):
+            raise ConfigError("sft needs either seconds or steps, and not both")
+        if not 0.0 < self.files_share <= 1.0:
+            raise ConfigError(f"sft.files_share is {self.files_share}, must be above 0 and at most 1")
+
+
+def run(config: Config, run: Run) -> dict[str, Any]:
+    """Finetune the run's base model on demonstrations; returns the stage's result."""
+    stage = run.stage("sft")
+    with stage.timed():
+        if (done := stage.result()) is not None:
+            return done
+        return _Finetuning(config, run, stage).work()
+
+
+class Demonstrations:
+    """Conversation i of step s, drawn from the skills, the dialogues and the user's own files."""
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self.config, self.seed = config, seed
+        path = chitchat_path()
+        self.dialogues: Sequence[Conversation] = read_dialogues(path) if path and config.data.dialogue_share else ()
+        own = [c for name in config.files for c in read_demonstrations(Path(name))]
+        held_out = len(own) // 20
+        self.own, self.own_held_out = own[held_out:], own[:held_out]
+
+    def __call__(self, step: int, i: int) -> Conversation:
+        index = step * 100_000 + i
+        if self.own:
+            period = max(1, round(1.0 / self.config.files_share))
+            if index % period == 0:
+                return self.own[(step * 997 + i // period) % len(self.own)]
+        return demonstration(self.seed, index, self.config.data, self.dialogues)
+
+    def held_out(self, step: int, i: int) -> Conversation:
+        """A demonstration that no training step sees."""
+        import random
+
+        rng = random.Random(f"held out {self.seed} {step} {i}")
+        if self.own_held_out and i % 2:
+            return rng.choice(self.own_held_out)
+        skills = ("arithmetic", "arithmetic_steps", "compare", "reverse")
+        return demonstrate(problem(rng.choice(skills), rng, "heldout"), rng)
+
+
+class _Finetuning:
+    def __init__(self, config: Config, run: Run, stage: Stage) -> None:
+        self.config, self.run, self.stage = config, run, stage
+        self.base = run.stage("pretrain").checkpoint
+        self.tokenizer = Tokenizer.load(self.base)
+        self.chat = ChatFormat(self.tokenizer)
+        self.draws = Demonstrations(config, run.seed)
+
+    def work(self) -> dict[str, Any]:
+        plan = self.run.stage("pretrain").decide("plan", dict)
+        model = load_model(self.base)
+        context = model.config.max_position_embeddings
+        packer = self._packer(self.draws, self.config.rows, context)
+        held_out = self._packer(self.draws.held_out, self.config.validation_rows, context).step(0)
+        loss = LanguageModelLoss(plan["dtype"], plan["compiled"])
+        steps = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss, packer)})["steps"]
+        trainer = Trainer(model, self.config.loop)
+        counts = {"conversations": 0, "truncated": 0}
+
+        def batches(step: int) -> list[Batch]:
+            packed = packer.step(step)
+            counts["conversations"] += packed.conversations
+            counts["truncated"] += packed.truncated
+            return [_batch(packed)]
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            at = {round(x * steps / 8) for x in range(9)}
+            extra = {"val_loss": self._validate(model, held_out)} if step in at else {}
+            if metrics or extra:
+                self.stage.log(step, **metrics, **extra, **counts)
+
+        fit(
+            trainer,
+            batches,
+            loss,
+            steps=steps,
+            factor=lambda step: warmup_stable_decay(
+                step, steps, warmup=self.config.warmup, decay_share=self.config.decay_share
+            ),
+            state=TrainState(self.stage.resume_dir),
+            on_resume=self.stage.truncate_metrics,
+            callbacks=(log,),
+        )
+        return self._finish(model, steps)
+
+    def _packer(self, draw: Any, rows: int, context: int) -> Packer:
+        return Packer(self.chat, draw, rows=rows, context=context, pad=self.tokenizer.pad)
+
+    def _steps(self, model: GPT, loss: LanguageModelLoss, packer: Packer) -> int:
+        """Steps that fit what is left of the budget, from measured steps on a copy of the model."""
+        if self.config.steps is not None:
+            return self.config.steps
+        assert self.config.seconds is not None
+        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+        trainer = Trainer(model, self.config.loop)
+        trainer.step([_batch(packer.step(0))], loss, 0.0)
+        start = time.perf_counter()
+        for step in (1, 2, 3):
+            trainer.step([_batch(packer.step(step))], loss, 0.0)
+        seconds = (time.perf_counter() - start) / 3
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(weights[name])
+        return max(10, int((self.config.seconds - self.stage.seconds() - 3.0) / seconds))
+
+    @torch.no_grad()
+    def _validate(self, model: GPT, packed: Packed) -> float:
+        batch = _batch(packed)
+        return LanguageModelLoss("float32")(model, batch).item() / max(1.0, batch.weight)
+
+    def _finish(self, model: GPT, steps: int) -> dict[str, Any]:
+        last = self.stage.metrics()[-1]
+        if not last["conversations"]:
+            raise DataError("no demonstration fits the context; raise pretrain.context")
+        result = {
+            "steps": steps,
+            "conversations": last["conversations"],
+            "truncated": last["truncated"],
+            "loss": last["loss"],
+            "val_loss": last["val_loss"],
+            "examples": [self._example(i) for i in range(4)],
+        }
+        save_checkpoint(
+            self.stage.checkpoint, model, tokenizer=self.tokenizer, stage="sft", run=self.run.root.name,
+            parents=[self.base], metrics={"val_loss": last["val_loss"]},
+        )
+        TrainState(self.stage.resume_dir).clear()
+        self.stage.finish(result)
+        return result
+
+    def _example(self, i: int) -> str:
+        return self.tokenizer.decode(self.chat.render(self.draws(0, i)).ids, skip_special=False)
+
+
+def _batch(packed: Packed) -> Batch:
+    return Batch.of(packed.ids, packed.targets, packed.weights)

@@ -1,0 +1,1 @@
+"""Training: loop, optimizers, schedules, scaling laws. Knows no stage and no text."""

@@ -1,0 +1,123 @@
+"""The optimizer: Muon for hidden matrices, AdamW for everything else.
+
+Muon (Jordan et al. 2024) orthogonalises the momentum of each weight matrix by a Newton-Schulz iteration. Matrices of one
+shape are stacked and iterated together, because at the widths of small models one batched product is several times
+cheaper than a loop. AdamW follows arXiv 1711.05101. Weight decay is cautious (arXiv 2411.16085): it acts only where the
+update and the weight agree in sign. Knows no stage, no schedule and no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+POLAR_COEFFICIENTS = (  # quintic steps towards the polar factor (arXiv 2505.16932, table for 5 steps)
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Rates of both optimizers; `lr` is AdamW's, `muon_lr` Muon's. Rates are multiplied by the schedule's factor."""
+
+    lr: float = 3e-3
+    muon_lr: float = 0.02
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    weight_decay: float = 0.02
+    use_muon: bool = True
+
+
+def orthogonalise(stack: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrices of a stack [n, rows, columns], in bfloat16 (singular values within about 0.7-1.2)."""
+    x = stack.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in POLAR_COEFFICIENTS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, b * gram + c * (gram @ gram), x, beta=a)
+    return x.mT if tall else x
+
+
+class MuonAdamW:
+    """One optimizer over the named parameters of a model, with a state that is a flat dict of tensors."""
+
+    def __init__(self, params: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> None:
+        self.config = config
+        self.step_count = 0
+        self.params = dict(params)
+        hidden = {n: p for n, p in self.params.items() if p.ndim == 2 and ".layers." in n and config.use_muon}
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name, p in hidden.items():
+            groups.setdefault(tuple(p.shape), []).append(name)
+        self.stacks = list(groups.values())
+        self.momenta = [torch.zeros(len(names), *self.params[names[0]].shape) for names in self.stacks]
+        self.adam = [n for n in self.params if n not in hidden]
+        self.first = {n: torch.zeros_like(self.params[n]) for n in self.adam}
+        self.second = {n: torch.zeros_like(self.params[n]) for n in self.adam}
+
+    def zero_grad(self) -> None:
+        for p in self.params.values():
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """Apply the gradients that stand in `.grad`, with both learning rates times `factor`."""
+        self.step_count += 1
+        for names, momentum in zip(self.stacks, self.momenta, strict=True):
+            self._muon(names, momentum, factor)
+        for name in self.adam:
+            self._adamw(name, factor)
+
+    def _muon(self, names: list[str], momentum: Tensor, factor: float) -> None:
+        params = [self.params[n] for n in names]
+        grads = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for p in params])
+        momentum.lerp_(grads, 1.0 - self.config.momentum)
+        update = orthogonalise(grads.lerp_(momentum, self.config.momentum)).float()
+        rows, columns = update.shape[-2:]
+        lr = self.config.muon_lr * factor * max(1.0, rows / columns) ** 0.5
+        for p, u in zip(params, update, strict=True):
+            self._decay(p, u, lr)
+            p.sub_(u, alpha=lr)
+
+    def _adamw(self, name: str, factor: float) -> None:
+        p, c, t = self.params[name], self.config, self.step_count
+        if p.grad is None:
+            return
+        m, v = self.first[name], self.second[name]
+        m.lerp_(p.grad, 1.0 - c.beta1)
+        v.mul_(c.beta2).addcmul_(p.grad, p.grad, value=1.0 - c.beta2)
+        update = (m / (1.0 - c.beta1**t)) / ((v / (1.0 - c.beta2**t)).sqrt_().add_(c.eps))
+        if p.ndim == 2:
+            self._decay(p, update, c.lr * factor)
+        p.sub_(update, alpha=c.lr * factor)
+
+    def _decay(self, p: Tensor, update: Tensor, lr: float) -> None:
+        if self.config.weight_decay:
+            p.sub_(p * (update * p > 0), alpha=lr * self.config.weight_decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `load` needs to go on exactly, as named tensors."""
+        tensors = {f"muon.{i}": m for i, m in enumerate(self.momenta)}
+        tensors |= {f"first.{n}": m for n, m in self.first.items()}
+        tensors |= {f"second.{n}": v for n, v in self.second.items()}
+        tensors["step_count"] = torch.tensor(self.step_count)
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a state made by `state` on a model of the same shape."""
+        for name, mine in self.state().items():
+            if name != "step_count":
+                mine.copy_(tensors[name])
+        self.step_count = int(tensors["step_count"])

@@ -1,0 +1,27 @@
+"""Learning-rate and batch schedules, as pure functions of the step. Knows nothing of optimizers."""
+
+from __future__ import annotations
+
+from stateofgpt.errors import ConfigError
+
+
+def warmup_stable_decay(step: int, steps: int, *, warmup: int, decay_share: float, floor: float = 0.0) -> float:
+    """Factor in [floor, 1] for `step` of `steps`: linear warm-up, plateau, linear decay over the last `decay_share`.
+
+    >>> [round(warmup_stable_decay(s, 10, warmup=2, decay_share=0.5), 2) for s in range(10)]
+    [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
+    """
+    if steps < 1 or not 0.0 <= decay_share <= 1.0:
+        raise ConfigError(f"a schedule needs steps >= 1 and 0 <= decay_share <= 1, got {steps} and {decay_share}")
+    rise = min(1.0, (step + 1) / max(1, warmup))
+    decay_steps = max(1, round(steps * decay_share))
+    fall = min(1.0, (steps - step) / decay_steps)
+    return floor + (1.0 - floor) * min(rise, fall)
+
+
+def micro_batches(step: int, steps: int, *, first: int, last: int, ramp_share: float) -> int:
+    """Micro-batches of one optimizer step: `first` at the start, growing linearly to `last` over `ramp_share`."""
+    if ramp_share <= 0.0 or last <= first:
+        return last
+    progress = min(1.0, step / max(1.0, steps * ramp_share))
+    return first + int(progress * (last - first))
