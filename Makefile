@@ -1,8 +1,8 @@
 # make demo   raises an assistant in MINUTES minutes, writes its report, and says how to talk to it
 # make test   checks and tests everything; make check does the same with the quick tests only
 #
-# Both make .venv once, and refresh it when pyproject.toml or constraints.txt change. On Linux the registry's torch brings
-# CUDA along; for a smaller one: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+# Both make .venv once, and refresh it when pyproject.toml or constraints.txt change. On Linux pip's default torch brings CUDA
+# along; for a smaller download let PIP_EXTRA_INDEX_URL name PyTorch's index of CPU builds.
 
 MINUTES ?= 10
 PYTHON ?= python3

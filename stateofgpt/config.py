@@ -39,13 +39,36 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def apply_overrides(config: T, overrides: Mapping[str, str]) -> T:
     """A copy of `config` (a frozen dataclass) with dotted keys set from strings, each parsed by its field's type.
 
+    The middle of a key may be left out where only one key fits: `pretrain.lr` for `pretrain.loop.optim.lr`.
     All overrides of one dataclass are applied together, so its `__post_init__` judges the final values.
     Raises ConfigError for an unknown key (with a suggestion) and for a value its field cannot take.
     """
     if not overrides:
         return config
     known = keys(config)
-    return _apply(config, overrides, prefix="", known=known)
+    whole: dict[str, str] = {}
+    for key, text in overrides.items():
+        full = _whole_key(key, known)
+        if full in whole:
+            raise ConfigError(f'the setting "{full}" is given twice')
+        whole[full] = text
+    return _apply(config, whole, prefix="", known=known)
+
+
+def _whole_key(key: str, known: tuple[str, ...]) -> str:
+    """The one known key with this beginning, this end and these parts in this order; `key` itself if there is none."""
+    parts = key.split(".")
+    if key in known or len(parts) < 2:
+        return key
+    fits = [k for k in known if k.split(".")[0] == parts[0] and k.split(".")[-1] == parts[-1] and _within(parts, k)]
+    if len(fits) > 1:
+        raise ConfigError(f'"{key}" could be {" or ".join(fits)}; say which')
+    return fits[0] if fits else key
+
+
+def _within(parts: list[str], key: str) -> bool:
+    rest = iter(key.split("."))
+    return all(part in rest for part in parts)  # `in` walks on from where the last part was found
 
 
 def keys(config: object, prefix: str = "") -> tuple[str, ...]:

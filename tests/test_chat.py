@@ -91,7 +91,7 @@ def test_only_what_the_assistant_says_and_its_end_is_learned() -> None:
     assert sum(CHAT.render((Message("user", "hi"),), add_generation_prompt=True).loss_mask) == 0
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(conversations)
 def test_no_text_changes_the_structure_of_roles(conversation: Conversation) -> None:
     ids = CHAT.render(conversation).ids
@@ -106,6 +106,7 @@ def test_no_text_changes_the_structure_of_roles(conversation: Conversation) -> N
         assert ids[start + 1 : start + 1 + len(header)] == header
 
 
+@settings(deadline=None)
 @given(st.lists(messages.filter(lambda message: message.role == "assistant"), min_size=1, max_size=3))
 def test_parse_gives_back_what_was_rendered(turns: list[Message]) -> None:
     for message in turns:
@@ -116,6 +117,7 @@ def test_parse_gives_back_what_was_rendered(turns: list[Message]) -> None:
             assert CHAT.parse(body[:-1]) == message
 
 
+@settings(deadline=None)
 @given(conversations, messages.filter(lambda message: message.role == "assistant"), conversations)
 def test_continuation_is_what_render_has_at_that_place(past: Conversation, turn: Message, new: Conversation) -> None:
     prompt = CHAT.render(past, add_generation_prompt=True).ids
@@ -152,6 +154,7 @@ def test_a_call_that_was_cut_short_is_invalid_even_if_it_reads_well() -> None:
     assert [call.name for call in message.tool_calls] == [INVALID]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-2, 500), max_size=40))
 def test_any_ids_at_all_parse(ids: list[int]) -> None:
     assert CHAT.parse(ids).role == "assistant"
@@ -188,6 +191,7 @@ def test_transformers_apply_chat_template_gives_our_ids(tmp_path: Path) -> None:
             assert ids == CHAT.render(conversation, add_generation_prompt=prompt).ids
 
 
+@settings(deadline=None)
 @given(messages)
 def test_messages_survive_the_json_of_openai(message: Message) -> None:
     assert message_from_json(json.loads(json.dumps(message_to_json(message)))) == message

@@ -116,6 +116,30 @@ def test_overrides_that_are_only_right_together_are_applied_together() -> None:
     assert RECIPE.pretrain.low == 1
 
 
+@dataclass(frozen=True)
+class Loop:
+    adam: Adam = field(default_factory=Adam)
+    other: Adam = field(default_factory=Adam)
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Deep:
+    pretrain: Loop = field(default_factory=Loop)
+    sft: Pretrain = field(default_factory=Pretrain)
+
+
+def test_the_middle_of_a_key_may_be_left_out_where_only_one_key_fits() -> None:
+    changed = apply_overrides(Deep(), {"sft.lr": "0.5", "pretrain.other.lr": "0.25", "pretrain.clip": "2"})
+    assert (changed.sft.adam.lr, changed.pretrain.other.lr, changed.pretrain.adam.lr) == (0.5, 0.25, 0.01)
+    with pytest.raises(ConfigError, match=r'"pretrain.lr" could be pretrain.adam.lr or pretrain.other.lr; say which'):
+        apply_overrides(Deep(), {"pretrain.lr": "0.5"})
+    with pytest.raises(ConfigError, match=r'"sft.adam.lr" is given twice'):
+        apply_overrides(Deep(), {"sft.lr": "0.5", "sft.adam.lr": "0.5"})
+    with pytest.raises(ConfigError, match="unknown setting"):
+        apply_overrides(Deep(), {"adam.lr": "0.5"})
+
+
 def test_no_override_changes_nothing() -> None:
     assert apply_overrides(RECIPE, {}) is RECIPE
 

@@ -100,6 +100,12 @@ def test_the_names_table_tells_a_parrot_from_an_inventor() -> None:
     assert measure_names([], NAMES)["n"] == 0
 
 
+def test_answers_without_a_name_count_for_nothing() -> None:
+    silent = measure_names(["", " ", "", "Elmira"], NAMES)
+    assert (silent["n"], silent["distinct"], silent["new"], silent["distinct_new"]) == (4, 0.25, 0.25, 0.25)
+    assert silent["self_similarity"] == 0.0
+
+
 def test_too_few_names_cannot_choose_a_threshold() -> None:
     with pytest.raises(ValueError, match="at least 10 different names"):
         NameModel(["Anna", "Bo"])

@@ -315,3 +315,12 @@ def test_a_loop_whose_engine_fails_tells_those_affected_and_goes_on(monkeypatch:
         assert len(list(loop.events([loop.add([1, 2], SamplingParams(max_tokens=3))]))) == 3
     with pytest.raises(ModelError, match="closed"):
         loop.add([1], SamplingParams())
+
+
+def test_what_an_engine_did_before_changes_no_bit() -> None:
+    model = make_model()
+    prompts = prompts_of(5, 9, 20, 3)
+    params = SamplingParams(max_tokens=8, seed=1)
+    fresh, used = Engine(model, max_batch=3), Engine(model, max_batch=3)
+    used.complete(prompts_of(50, 2, 40, 8, seed=9), SamplingParams(max_tokens=14))
+    assert used.complete(prompts, params) == fresh.complete(prompts, params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_repeating_data_pays_less_and_less() -> None:
     assert 0.9 * 4e6 < four < 4e6  # "up to about four epochs is nearly as good as fresh"
     assert effective_tokens(1e6, 1e9) == pytest.approx(1e6 * (1 + 15.39), rel=1e-6)  # never more than this
     values = [effective_tokens(1.0, epochs) for epochs in np.linspace(0.1, 50, 100)]
-    assert all(b > a for a, b in zip(values, values[1:], strict=False))
+    assert all(b > a for a, b in itertools.pairwise(values))
 
 
 def test_limited_data_ask_for_a_bigger_model_and_unlimited_data_for_the_usual_one() -> None:

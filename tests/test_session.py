@@ -1,16 +1,22 @@
-"""The session with a scripted engine: what it says is known, so what must come out is known."""
+"""The session with a scripted engine (what it says is known, so what must come out is known), and with a real one."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
+import torch
 
 from stateofgpt.assistant.session import Done, Session, TextDelta, ToolCalled, ToolReturned
 from stateofgpt.errors import ModelError
-from stateofgpt.infer.engine import Event
+from stateofgpt.infer.engine import Engine, Event
+from stateofgpt.infer.loop import EngineLoop
 from stateofgpt.infer.sampling import SamplingParams, derive_seed
+from stateofgpt.infer.score import score
+from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.text.chat import ChatFormat, Conversation, Message, ToolCall
 from stateofgpt.text.tokenizer import Tokenizer
 
@@ -253,3 +259,51 @@ def test_a_long_conversation_loses_its_oldest_exchanges_but_never_system_or_ques
     assert session.fit(monster) == monster
     with pytest.raises(ModelError):
         next(session.stream(monster))
+
+
+def restless_model(vocab_size: int) -> GPT:
+    """A random model that often calls tools and ends turns."""
+    config = GPTConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.ones_like(p) if p.ndim == 1 else torch.randn_like(p) * 0.3)
+        model.lm_head.weight[[2, 4, 5]] *= 4  # <|im_end|>, <tool_call>, </tool_call>
+    return model.eval()
+
+
+def test_with_a_real_engine_turns_are_as_probable_as_the_model_says_through_all_tool_calls(chat: ChatFormat) -> None:
+    model = restless_model(320)
+    engine = Engine(model, max_batch=4)
+    tools = Adder()
+    questions = [user(f"question {i % 5}") for i in range(12)]
+    params = SamplingParams(max_tokens=60, seed=2)
+    turns = Session(engine, chat, tools, max_rounds=3).converse(questions, params)
+    assert engine.idle and not engine._requests
+    assert sum(len(t.messages) > 1 for t in turns) >= 3  # else this test would show nothing
+    for turn, scores in zip(turns, score(model, [t.prompt_ids + t.ids for t in turns]), strict=True):
+        assert len(turn.ids) == len(turn.mask) == len(turn.logprobs)
+        wanted = [s * m for s, m in zip(scores[len(turn.prompt_ids) - 1 :], turn.mask, strict=True)]
+        assert turn.logprobs == pytest.approx(wanted, abs=1e-4)
+    again = Session(Engine(model, max_batch=12), chat, tools, max_rounds=3).converse(questions, params)
+    assert [t.ids for t in again] == [t.ids for t in turns]
+    with EngineLoop(Engine(model, max_batch=3)) as loop:
+        session = Session(loop, chat, tools, max_rounds=3)
+        assert [t.ids for t in session.converse(questions, params)] == [t.ids for t in turns]
+        with ThreadPoolExecutor(5) as pool:
+            seeds = [derive_seed(2, i) for i in range(12)]
+            streams = pool.map(lambda q, s: list(session.stream(q, replace(params, seed=s))), questions, seeds)
+            done = [events[-1] for events in streams]
+        assert [d.turn.ids for d in done if isinstance(d, Done)] == [t.ids for t in turns]
+        assert loop.busy == 0

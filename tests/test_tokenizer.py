@@ -33,11 +33,13 @@ def test_the_special_tokens_have_the_first_ids_in_the_declared_order() -> None:
     assert [TOKENIZER.token_str(number) for number in range(6)] == list(SPECIALS)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_come_back_as_they_were(data: bytes) -> None:
     assert TOKENIZER.decode_bytes(TOKENIZER.encode_bytes(data)) == data
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=[]), max_size=100))
 def test_any_string_even_with_lone_surrogates_is_encoded_and_no_special_id_comes_out(text: str) -> None:
     ids = TOKENIZER.encode(text)
@@ -48,7 +50,7 @@ def test_any_string_even_with_lone_surrogates_is_encoded_and_no_special_id_comes
     assert TOKENIZER.encode_batch([text]) == [ids]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(hostile)
 def test_special_token_strings_in_text_are_plain_bytes(pieces: list[str]) -> None:
     text = "".join(pieces)

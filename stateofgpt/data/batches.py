@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from stateofgpt.data.mixture import shares
 from stateofgpt.data.shards import Shards
 from stateofgpt.errors import ConfigError, DataError
+from stateofgpt.text.tokenizer import Tokenizer
 
 Int64 = NDArray[np.int64]
 LONGEST_PERIOD = 1 << 20  # rows; a longer run repeats its assignment of rows to sources, which has 10 bytes a row
-_EOT, _PAD = 0, 3  # `text.tokenizer.SPECIALS`
 
 
 class PretrainBatches:
@@ -150,9 +150,9 @@ def validation_rows(
     stream = shards.tokens(source, "validation")[: max_tokens + 1].astype(np.int64)
     n = max(0, len(stream) - 1)
     rows = -(-n // context)
-    inputs, targets = (np.full(rows * context, _PAD, np.int64) for _ in range(2))
+    inputs, targets = (np.full(rows * context, Tokenizer.pad, np.int64) for _ in range(2))
     inputs[:n], targets[:n] = stream[:n], stream[1 : n + 1]
-    mask = (targets != _EOT) & (targets != _PAD)
+    mask = (targets != Tokenizer.eot) & (targets != Tokenizer.pad)
     n_bytes = int(shards.token_bytes[targets[mask]].sum())
     shape = (rows, context)
     return inputs.reshape(shape), targets.reshape(shape), mask.astype(np.float32).reshape(shape), n_bytes

@@ -34,10 +34,10 @@ from stateofgpt.errors import DataError
 T = TypeVar("T")
 
 # Tests and tables in the standard library, and what others installed into it.
-_LEFT_OUT = frozenset(
-    ("__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3", "pydoc_data")
-    + ("site-packages", "test", "tests", "turtledemo")
-)
+_LEFT_OUT = frozenset({
+    "__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "lib-dynload", "lib2to3", "pydoc_data",
+    "site-packages", "test", "tests", "turtledemo",
+})  # fmt: skip
 _DOCSTRING = re.compile(
     r'^[ \t]*((?:async[ \t]+def|def|class)[ \t]+\w[^\n]*(?:\n[^\n"]*?)??:)[ \t]*\n[ \t]*[rR]?"""(.*?)"""', re.M | re.S
 )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stateofgpt.data.documents import bounded_lines
 from stateofgpt.data.skills import SKILLS, demonstrate, problem
 from stateofgpt.errors import DataError
 from stateofgpt.text.chat import Conversation, Message, message_from_json
@@ -84,19 +85,19 @@ def demonstrations(
 
 def read_demonstrations(path: Path) -> list[Conversation]:
     """The conversations of a JSONL file, one a line. DataError names the file, the first bad line and how many more."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"the demonstrations {path} cannot be read ({error.strerror}); give a JSONL file") from error
     found: list[Conversation] = []
     faults: list[str] = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            found.append(_read_line(line, first=number == 1))
-        except DataError as error:
-            faults.append(f"{path}:{number}: {error}")
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(bounded_lines(file, MAX_LINE_BYTES), start=1):
+                if line is not None and not line.strip():
+                    continue
+                try:
+                    found.append(_read_line(line, first=number == 1))
+                except DataError as error:
+                    faults.append(f"{path}:{number}: {error}")
+    except OSError as error:
+        raise DataError(f"the demonstrations {path} cannot be read ({error.strerror}); give a JSONL file") from error
     if faults:
         more = f" (and {len(faults) - 1} more bad lines)" if len(faults) > 1 else ""
         raise DataError(faults[0] + more)
@@ -122,9 +123,9 @@ def conversation_from_row(row: Mapping[str, Any]) -> Conversation:
     return _checked(conversation)
 
 
-def _read_line(line: bytes, *, first: bool) -> Conversation:
-    if len(line) > MAX_LINE_BYTES:
-        raise DataError(f"the line has {len(line)} bytes; at most {MAX_LINE_BYTES} are read")
+def _read_line(line: bytes | None, *, first: bool) -> Conversation:
+    if line is None:
+        raise DataError(f"the line has more than {MAX_LINE_BYTES:,} bytes; a row is one conversation")
     try:
         row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:

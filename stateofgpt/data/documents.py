@@ -58,10 +58,10 @@ def find_files(paths: Sequence[str | Path], account: Account) -> list[Path]:
     others = 0
     for given in paths:
         path = Path(given)
-        if not path.exists():
+        if not _exists(path):
             raise DataError(f"there is no corpus {path}; give a folder or a file that exists")
         if path.is_dir():
-            files = [file for file in _walk(path) if file.is_file()]
+            files = [file for file in _walk(path, account) if file.is_file()]
             usable = [file for file in files if file.suffix.lower() in KINDS]
             others += len(files) - len(usable)
             if not usable:
@@ -76,14 +76,24 @@ def find_files(paths: Sequence[str | Path], account: Account) -> list[Path]:
     return list(found)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder):
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be searched
+        return False
+
+
+def _walk(folder: Path, account: Account) -> Iterator[Path]:
+    def unreadable(error: OSError) -> None:
+        account.drop("unreadable", f"{error.filename} ({error.strerror})")
+
+    for place, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(place, name) for name in sorted(files) if not name.startswith("."))
 
 
 def read_files(files: Sequence[Path], rng: random.Random, account: Account) -> Iterator[str]:
-    """The raw texts of the files, in a seeded order of files; at the end DataError if JSONL held no good row at all."""
+    """The raw texts of the files, in a seeded order of files. DataError when a JSONL file has no good row at all."""
     order = list(files)
     rng.shuffle(order)
     for path in order:

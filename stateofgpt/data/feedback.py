@@ -151,7 +151,7 @@ class FeedbackStore:
             "conversation": conversation,
             "parent": parent,
             "role": messages[-1].role if messages[-1].role in ("user", "system") else "assistant",
-            "body": json.dumps([message_to_json(message) for message in messages], ensure_ascii=False),
+            "body": _storable(json.dumps([message_to_json(message) for message in messages], ensure_ascii=False)),
             "model": model,
             "partial": partial,
             "created": time.time(),
@@ -234,8 +234,8 @@ class FeedbackStore:
         """
         _check(key, rating, reason, correction, retracted)
         event = {
-            "message": message, "author": author, "rating": rating, "reason": reason.strip(),
-            "correction": correction.strip(), "retracted": retracted,
+            "message": message, "author": author, "rating": rating, "reason": _storable(reason.strip()),
+            "correction": _storable(correction.strip()), "retracted": retracted,
         }  # fmt: skip
         with self._write() as connection:
             role = connection.scalar(sa.select(_messages.c.role).where(_messages.c.id == message))
@@ -309,6 +309,11 @@ def _check(key: str, rating: str | None, reason: str, correction: str, retracted
         raise FeedbackRefused(f"the correction has {len(correction)} characters: {MAX_CORRECTION_CHARS} at most")
     if not (rating or reason.strip() or correction.strip() or retracted):
         raise FeedbackRefused("empty feedback: give a rating, a reason, a correction or a retraction")
+
+
+def _storable(text: str) -> str:
+    """Half characters (lone surrogates) and NUL cannot be stored as text: `?` and nothing in their place."""
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\x00", "")
 
 
 def _conversation_of(connection: sa.Connection, message: str) -> str:

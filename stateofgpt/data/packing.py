@@ -1,7 +1,7 @@
 """Packing: conversations of many lengths into rows of one length, with the loss on the assistant's words alone.
 
-Owns how rendered conversations are laid into rows. The rows of a step are a pure function of (seed, step). Knows nothing
-of what the conversations say.
+Owns how rendered conversations are laid into rows. The rows of a step are a pure function of (seed, step). Knows
+nothing of what the conversations say.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Packed:
 class Packer:
     """Fills rows of `context` tokens with conversations drawn one after another.
 
-    `draw(step, i)` is the i-th conversation of a step. Each is laid into the first row with room for it; one longer than
-    a row is cut at the row's end and counted. A row's rest is padding, whose targets have weight 0.
+    `draw(step, i)` is the i-th conversation of a step. Each is laid into the first row with room for it; one longer
+    than a row is cut at the row's end and counted. A row's rest is padding, whose targets have weight 0.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Packer:
         while failures < PATIENCE:
             rendered = self.chat.render(self.draw(step, i))
             i += 1
-            if len(rendered.ids) > room:
+            too_long = len(rendered.ids) > room
+            if too_long:
                 rendered = Rendered(rendered.ids[:room], rendered.loss_mask[:room])
-                truncated += 1
             row = next((r for r in range(self.rows) if used[r] + len(rendered.ids) <= room), None)
             if row is None:
                 failures += 1
@@ -58,6 +58,7 @@ class Packer:
             lines[row].append(rendered)
             used[row] += len(rendered.ids)
             placed += 1
+            truncated += too_long
         ids = np.full((self.rows, room), self.pad, dtype=np.int64)
         weights = np.zeros((self.rows, room), dtype=np.float32)
         for row, parts in enumerate(lines):

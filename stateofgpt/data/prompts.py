@@ -5,6 +5,7 @@ Owns which skills are asked how often. Prompt i is a pure function of (seed, i).
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -39,8 +40,8 @@ class PromptConfig:
 def prompt(seed: int, index: int, config: PromptConfig, split: Split = "train") -> Problem:
     """Prompt `index` of the endless list that belongs to `seed` and `split`."""
     weights = [float(getattr(config, skill)) for skill in SKILLS]
-    if min(weights) < 0 or sum(weights) <= 0:
-        raise DataError("the prompts need weights of at least 0 with one above 0; put one skill's weight up")
+    if min(weights) < 0 or not 0 < sum(weights) < math.inf:
+        raise DataError("the prompts need finite weights of at least 0 with one above 0; put one skill's weight up")
     rng = random.Random(f"prompt {split} {seed} {index}")
     return problem(rng.choices(SKILLS, weights)[0], rng, split)
 

@@ -49,13 +49,13 @@ def _normal(name: str) -> str:
 
 
 def distinct_share(items: Sequence[str]) -> float:
-    """Share of items that are different from each other: 1 when none repeats (0 for an empty list)."""
-    return len({_normal(item) for item in items}) / len(items) if items else 0.0
+    """Share of items that are different from each other: 1 when none repeats. An empty item counts as none."""
+    return len({_normal(item) for item in items} - {""}) / len(items) if items else 0.0
 
 
 def new_share(items: Sequence[str], known: Iterable[str]) -> float:
-    """Share of items that are not among the known ones (0 for an empty list)."""
-    known_set = {_normal(name) for name in known}
+    """Share of items that are not among the known ones. An empty item is not new."""
+    known_set = {_normal(name) for name in known} | {""}
     return sum(_normal(item) not in known_set for item in items) / len(items) if items else 0.0
 
 
@@ -140,7 +140,8 @@ def measure_names(names: Sequence[str], training_names: Iterable[str]) -> dict[s
     """The row of the names table: shares of all names given that are distinct, new, and plausible, and more.
 
     `distinct_new` is the share that is left when repeats and known names are taken out: what a user who asked for
-    a hundred new names really got.
+    a hundred new names really got. An empty string stands for an answer in which no name was found: it is in `n` and
+    in nothing else.
     """
     known = list(training_names)
     model = NameModel(known)
@@ -153,7 +154,7 @@ def measure_names(names: Sequence[str], training_names: Iterable[str]) -> dict[s
         "plausible": sum(map(model.plausible, names)) / n if n else 0.0,
         "distinct_new": len(fresh) / n if n else 0.0,
         "distinct_3grams": distinct_ngrams([_normal(name) for name in names], 3),
-        "self_similarity": self_similarity(names),
+        "self_similarity": self_similarity([name for name in names if name.strip()]),
     }
 
 

@@ -37,7 +37,16 @@ class GPTConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -162,7 +171,7 @@ class Trunk(nn.Module):
     def run(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Everything after the embedding: [B, T, C] -> [B, T, C]. `positions` [B, T] replace 0, 1, 2 ..."""
         T = x.shape[1]
-        if T > self.cos.shape[0]:
+        if self.cos.shape[0] < T:
             raise ConfigError(f"{T} tokens do not fit a context of {self.cos.shape[0]}")
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
@@ -188,7 +197,10 @@ class GPT(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Final hidden states [B, T, C] of `ids` [B, T]. `mask` [B, 1, T, T] (True = may look) replaces plain causality."""
+        """Final hidden states [B, T, C] of `ids` [B, T].
+
+        `mask` [B, 1, T, T] (True = may look) replaces plain causality.
+        """
         out: Tensor = self.model(ids, mask, positions)
         return out
 

@@ -1,4 +1,4 @@
-"""Recipes: a run as a function that returns frozen configurations. A module is a scale, and its `recipe` the function."""
+"""Recipes: a run as a function that returns frozen configurations. A module is a scale, its `recipe` the function."""
 
 from __future__ import annotations
 

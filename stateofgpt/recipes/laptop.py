@@ -16,7 +16,9 @@ def recipe(minutes: float | None = None) -> Recipe:
     """The default ten minutes, or `minutes`. Shorter runs also answer fewer questions at the end."""
     minutes = DEFAULT_MINUTES if minutes is None else minutes
     if minutes < FEWEST_MINUTES:
-        raise ConfigError(f"--minutes {minutes:g}: the laptop recipe needs at least {FEWEST_MINUTES:g}; try `sog run debug`")
+        raise ConfigError(
+            f"--minutes {minutes:g}: the laptop recipe needs at least {FEWEST_MINUTES:g}; try `sog run debug`"
+        )
     made = Recipe("laptop", minutes=minutes)
     share = min(1.0, minutes / DEFAULT_MINUTES)
     return replace(made, eval=evaluate.Config(seconds=45.0 * share))

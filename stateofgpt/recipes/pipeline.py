@@ -96,19 +96,24 @@ def _told(name: str, result: dict[str, Any]) -> str:
     if name == "tokenize":
         return f"vocabulary of {result['vocab_size']:,}, {result['bytes_per_token']['all']:.2f} bytes per token"
     if name == "pretrain":
-        return (f"{result['n_params'] / 1e6:.1f}M parameters, {result['tokens'] / 1e6:.2f}M tokens, "
-                f"{result['val_bpb_start']:.2f} -> {result['val_bpb']:.2f} bits per byte held out")
+        return (
+            f"{result['n_params'] / 1e6:.1f}M parameters, {result['tokens'] / 1e6:.2f}M tokens, "
+            f"{result['val_bpb_start']:.2f} -> {result['val_bpb']:.2f} bits per byte held out"
+        )
     if name == "sft":
         return f"{result['conversations']:,} conversations, held-out loss {result['val_loss']:.3f}"
     if name == "reward":
         ceiling = f", noise ceiling {result['ceiling']:.1%}" if "ceiling" in result else ""
         return f"{result['n_prompts']} prompts, held-out pairs {result['pair_accuracy']:.1%} right{ceiling}"
     if name == "rl":
-        return (f"true score {result['true_sft']:.2f} -> {result['true_rl']:.2f} (p = {result['p_value']:.2g}), "
-                f"KL {result['kl']:.1f} nats")
+        return (
+            f"true score {result['true_sft']:.2f} -> {result['true_rl']:.2f} (p = {result['p_value']:.2g}), "
+            f"KL {result['kl']:.1f} nats"
+        )
     if name == "eval":
-        right = {m: sum(s["right"] for s in of.values()) / max(1, sum(s["n"] for s in of.values()))
-                 for m, of in result["skills"].items()}
+        right = {
+            m: sum(s["right"] for s in of.values()) / max(1, sum(s["n"] for s in of.values()))
+            for m, of in result["skills"].items()
+        }
         return "skills " + ", ".join(f"{m} {share:.0%}" for m, share in right.items())
     return "  ".join(f"{row['model']} {row['rating']:.0f}" for row in result["leaderboard"])
-

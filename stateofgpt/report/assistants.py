@@ -5,6 +5,7 @@ Owns what these chapters say and show. Knows nothing about files (`record`) or H
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,14 @@ from stateofgpt.report.record import MODELS, Record, mapping, number, records, s
 
 MANNERS = (("direct", "m1"), ("steps", "m2"), ("tool", "m3"))
 EDGE = 0.08  # share of a run's updates that counts as its beginning and its end
+_TURN = re.compile(r"<\|im_start\|>(system|user|assistant|tool)\n(.*?)<\|im_end\|>", re.DOTALL)
 TRICKS = {"bare": "Bare question", "few_shot": "Few-shot", "fake_transcript": "Fake transcript"}
 
 
-def _overall(skills: Mapping[str, Any]) -> float | None:
-    """Share right over all skills, each skill counting the same."""
-    shares = [share for value in skills.values() if (share := share_right(value)) is not None]
+def _overall(skills: Mapping[str, Any], among: Sequence[str] | None = None) -> float | None:
+    """Share right over all skills (or some), each skill counting the same."""
+    counted = [value for skill, value in skills.items() if among is None or skill in among]
+    shares = [share for value in counted if (share := share_right(value)) is not None]
     return sum(shares) / len(shares) if shares else None
 
 
@@ -49,7 +52,9 @@ def base_tricks(record: Record) -> Section:
         f"after a few solved examples on {percent(overall.get('few_shot'))}; inside a made-up transcript of a human "
         f"and a helpful assistant on {percent(overall.get('fake_transcript'))}."
     )
-    return Section(id_, title, finding, pages.table(head, rows, caption="The same weights, prompted three ways"), "base")
+    return Section(
+        id_, title, finding, pages.table(head, rows, caption="The same weights, prompted three ways"), "base"
+    )
 
 
 def _skill_names(answers: Any) -> list[str]:
@@ -74,9 +79,7 @@ def finetuning(record: Record) -> Section:
     )  # fmt: skip
     held_out = record.curve("sft", "val_loss")
     finding = "The same model and the same loss on a small set of ideal answers, counted on the assistant’s tokens only"
-    finding += (
-        f": held-out loss {decimal(held_out[0][1])} to {decimal(held_out[-1][1])}." if len(held_out) > 1 else "."
-    )
+    finding += f": held-out loss {decimal(held_out[0][1])} to {decimal(held_out[-1][1])}." if len(held_out) > 1 else "."
     kept = record.samples.get("sft", [])
     last = max((number(sample.get("step")) or 0.0 for sample in kept), default=0.0)
     cards = [
@@ -85,7 +88,21 @@ def finetuning(record: Record) -> Section:
         for sample in kept if (number(sample.get("step")) or 0.0) == last
     ][:6]  # fmt: skip
     examples = Markup("<h3>After finetuning</h3>") + pages.grid(cards, "cards three") if cards else Markup("")
-    return Section(id_, title, finding, charts + examples, "sft")
+    shown = [_demonstration(text) for text in sequence(record.result("sft").get("examples"))[:4]]
+    ideal = (
+        Markup("<h3>Ideal answers to learn from</h3>") + pages.grid(shown, "cards two") if any(shown) else Markup("")
+    )
+    return Section(id_, title, finding, charts + ideal + examples, "sft")
+
+
+def _demonstration(text: object) -> Markup:
+    """A demonstration as it is on the wire, turn by turn; what the loss counts is set in the colour of finetuning."""
+    turns = _TURN.findall(text) if isinstance(text, str) else []
+    parts = [
+        Markup('<div class="turn {}"><b>{}</b>{}</div>').format(role, role, pages.said(said, 500))
+        for role, said in turns
+    ]
+    return Markup('<div class="card">{}</div>').format(Markup("").join(parts)) if parts else Markup("")
 
 
 def _curves(
@@ -165,8 +182,10 @@ def reinforcement(record: Record) -> Section:
     finding = "PPO against the reward model, held near the SFT model by a KL penalty"
     if before is not None and after is not None:
         finding += f": the true score, which it never saw, goes from {decimal(before, 3)} to {decimal(after, 3)}"
-        finding += f" on held-out prompts (paired test, p {probability(p)})" if p is not None else ""
+        finding += f" on held-out prompts (paired test, p\u00a0{probability(p)})" if p is not None else ""
     finding += "."
+    if stopped := pages.clean(result.get("stopped") or "", 200).rstrip("."):
+        finding += f" It stopped early: {stopped}."
     charts = [
         ("Reward by the reward model", "proxy_reward"),
         ("True score", "true_score"),
@@ -185,19 +204,27 @@ def _manner_chart(record: Record) -> Markup:
 
 
 def _manners(record: Record) -> Markup:
-    """Two stacked bars: how plain arithmetic was answered when PPO began and when it ended."""
+    """Two stacked bars: how plain arithmetic was answered before PPO and after it.
+
+    On held-out prompts if the stage measured that, else over the first and the last updates.
+    """
+    result = record.result("rl")
     ends: list[list[tuple[str, float, str]]] = [[], []]
+    measured = all(number(mapping(result.get(side)).get("share_direct")) is not None for side in ("before", "after"))
     for name, colour in MANNERS:
         values = [y for _, y in record.curve("rl", f"share_{name}")]
         edge = max(1, round(len(values) * EDGE))
-        for end, part in zip(ends, (values[:edge], values[-edge:]), strict=True):
-            end.append((name, sum(part) / len(part) if part else 0.0, colour))
+        for end, side, part in zip(ends, ("before", "after"), (values[:edge], values[-edge:]), strict=True):
+            mean = sum(part) / len(part) if part else 0.0
+            held_out = number(mapping(result.get(side)).get(f"share_{name}")) or 0.0
+            end.append((name, held_out if measured else mean, colour))
     if not any(share for _, share, _ in ends[0] + ends[1]):
         return Markup("")
-    rows = [["First updates", pages.stacked(ends[0])], ["Last updates", pages.stacked(ends[1])]]
+    names = ("SFT, before", "RL, after") if measured else ("First updates", "Last updates")
+    rows = [[name, pages.stacked(end)] for name, end in zip(names, ends, strict=True)]
     table = pages.table(["Plain arithmetic", ""], rows, caption="How plain arithmetic is answered", text_columns=2)
-    names = {"direct": "direct guess", "steps": "written steps", "tool": "calculator"}
-    return table + pages.legend((names[name], colour) for name, colour in MANNERS)
+    words = {"direct": "direct guess", "steps": "written steps", "tool": "calculator"}
+    return table + pages.legend((words[name], colour) for name, colour in MANNERS)
 
 
 # --- three models ------------------------------------------------------------------------------------------------
@@ -216,26 +243,51 @@ def skills(record: Record) -> Section:
         bars = [bar(share_right(measured[name].get(skill)), pages.colour_of(name)) for name in models]
         cells.append(pages.card(pages.title_of(skill), Markup("").join(bars), "skill"))
     n = max((number(mapping(v).get("n")) or 0 for skills_ in measured.values() for v in skills_.values()), default=0)
-    parts = [f"{pages.model_name(name)} {percent(_overall(measured[name]))}" for name in models]
-    finding = f"Share of held-out questions answered right, each skill counting the same: {', '.join(parts)}."
+    common = [skill for skill in _skill_names(measured.values()) if all(skill in measured[name] for name in models)]
+    parts = [f"{pages.model_name(name)} {percent(_overall(measured[name], common))}" for name in models]
+    finding = (
+        f"Held-out questions answered right, over the {len(common)} skills that all were asked: {', '.join(parts)}."
+    )
     key = pages.legend((pages.model_name(name), pages.colour_of(name)) for name in models)
-    note = pages.paragraph(f"Up to {count(n)} questions a skill; the base model inside the fake transcript.", "note")
+    note = pages.paragraph(f"Up to {count(n)} questions a skill{_how_base_was_asked(record, measured)}.", "note")
     body = key + pages.grid(cells, "skills") + note + _examples(record, models)
     return Section(id_, title, finding, body)
 
 
+def _how_base_was_asked(record: Record, measured: Mapping[str, Any]) -> str:
+    tricks = mapping(record.result("eval").get("base_tricks"))
+    same = [name for name, value in tricks.items() if value == measured.get("base") and name in TRICKS]
+    return f"; the base model by {TRICKS[same[-1]].lower()}" if same else ""
+
+
+def examples_of(record: Record) -> list[dict[str, Any]]:
+    """The questions all models answered, those first whose answers differ, tool calls before others."""
+
+    def rank(place: int, example: dict[str, Any]) -> tuple[bool, bool, int, int]:
+        answers = [str(answer) for answer in mapping(example.get("answers")).values()]
+        tools = any("→" in answer or "<tool_call>" in answer for answer in answers)
+        return len(set(answers)) < 2, not tools, place % 2, place  # two of each skill lie side by side: alternate
+
+    found = [e for e in records(record.result("eval").get("examples")) if len(mapping(e.get("answers"))) > 1]
+    order = sorted(range(len(found)), key=lambda i: rank(i, found[i]))
+    return [found[i] for i in order]
+
+
 def _examples(record: Record, models: Sequence[str]) -> Markup:
-    blocks = [
-        question_block(example, models) for example in records(record.result("eval").get("examples"))[1:7]
-    ]
-    return Markup("<h3>The same question, every model</h3>") + Markup("").join(blocks) if blocks else Markup("")
+    blocks = [question_block(example, models) for example in examples_of(record)[1:7]]  # the first is on the title page
+    if not blocks:
+        return Markup("")
+    note = pages.paragraph("Questions on which the models differ come first.", "note")
+    return Markup("<h3>The same question, every model</h3>") + note + Markup("").join(blocks)
 
 
 def question_block(example: dict[str, Any], models: Sequence[str]) -> Markup:
     """A question and the models' answers side by side."""
     answers = mapping(example.get("answers"))
     order = [name for name in models if name in answers] + [name for name in answers if name not in models]
-    cards = [pages.card(pages.tag(name), pages.said(answers[name], 500), f"c-{pages.colour_of(name)}") for name in order]
+    cards = [
+        pages.card(pages.tag(name), pages.said(answers[name], 500), f"c-{pages.colour_of(name)}") for name in order
+    ]
     question = Markup('<h4 class="question">{}</h4>').format(pages.clean(example.get("question", ""), 300))
     return question + pages.grid(cards, "cards three")
 

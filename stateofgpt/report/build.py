@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from stateofgpt.report import assistants, pages, training, verdicts
 from stateofgpt.report.pages import count, decimal, duration
-from stateofgpt.report.record import MODELS, Record, mapping, number, records
+from stateofgpt.report.record import MODELS, Record, mapping, number
 from stateofgpt.run import Run, write_atomic
 
 CHAPTERS = (
@@ -59,7 +59,11 @@ def _title(record: Record) -> str:
         return "An assistant in the making"
     if total < 90:
         return f"An assistant, raised in {total:.0f} seconds"
-    return f"An assistant, raised in {total / 60:.0f} minutes" if total < 5400 else f"An assistant, raised in {total / 3600:.1f} hours"
+    return (
+        f"An assistant, raised in {total / 60:.0f} minutes"
+        if total < 5400
+        else f"An assistant, raised in {total / 3600:.1f} hours"
+    )
 
 
 def _head(record: Record, title: str) -> Markup:
@@ -77,20 +81,20 @@ def _head(record: Record, title: str) -> Markup:
         (duration(_total(record)) if record.seconds or record.summary else "–", "from text to assistant"),
     ]
     cells = Markup("").join(Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(n, v) for v, n in figures if v != "–")
-    examples = records(record.result("eval").get("examples"))
+    examples = assistants.examples_of(record)
     first = Markup("")
     if examples:
-        lead = Markup('<p class="kicker">One question, three models</p>')
+        lead = Markup('<p class="kicker">One question, the models of this run</p>')
         first = Markup('<div class="hero">{}</div>').format(lead + assistants.question_block(examples[0], MODELS))
-    return Markup('<p class="kicker">State of GPT · {}</p><h1>{}</h1><p class="intro">{}</p><dl class="figures">{}</dl>{}').format(
-        f"recipe {record.recipe}, seed {record.seed}", title, intro, cells, first
-    )
+    return Markup(
+        '<p class="kicker">State of GPT · {}</p><h1>{}</h1><p class="intro">{}</p><dl class="figures">{}</dl>{}'
+    ).format(f"recipe {record.recipe}, seed {record.seed}", title, intro, cells, first)
 
 
 def _foot(record: Record) -> Markup:
     words = (
-        f"Made by stateofgpt from the run {record.name} (recipe {record.recipe}, seed {record.seed}). Every number here is "
-        "in its summary.json, result.json, metrics.jsonl and samples.jsonl."
+        f"Made by stateofgpt from the run {record.name} (recipe {record.recipe}, seed {record.seed}). Every number "
+        "here is in its summary.json, result.json, metrics.jsonl and samples.jsonl."
     )
     if not record.problems:
         return pages.paragraph(words)

@@ -17,7 +17,9 @@ from markupsafe import Markup
 
 LONGEST_TEXT = 1200
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-_TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
+_TOOL_CALL = re.compile(
+    r"<tool_call>(.*?)(?:</tool_call>|$)|\[(\w+ [^\[\]\n]*)\](?= →|$)", re.DOTALL
+)  # wire, transcript
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------
@@ -68,17 +70,22 @@ def probability(value: float | None) -> str:
     """A p-value: '< 0.001' or three digits."""
     if value is None:
         return "–"
-    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+    return "<\u00a00.001" if value < 0.001 else f"=\u00a0{value:.3f}"
 
 
 # --- text --------------------------------------------------------------------------------------------------------
 
 
 def clean(text: object, longest: int = LONGEST_TEXT) -> str:
-    """Any text, made printable: control characters shown as pictures, half characters replaced, cut when very long."""
-    shown = str(text).replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
-    shown = _CONTROL.sub(lambda c: chr(0x2400 + ord(c[0])) if c[0] != "\x7f" else "␡", shown)
+    """Any text, made printable, and cut when very long."""
+    shown = printable(str(text).replace("\r\n", "\n"))
     return shown if len(shown) <= longest else shown[:longest].rstrip() + " …"
+
+
+def printable(text: str) -> str:
+    """The text with control characters as pictures of themselves and half characters (lone surrogates) as '?'."""
+    whole = text.encode("utf-8", "replace").decode("utf-8")
+    return _CONTROL.sub(lambda c: chr(0x2400 + ord(c[0])) if c[0] != "\x7f" else "␡", whole)
 
 
 def said(text: object, longest: int = LONGEST_TEXT) -> Markup:
@@ -86,7 +93,7 @@ def said(text: object, longest: int = LONGEST_TEXT) -> Markup:
     shown, parts, at = clean(text, longest), [], 0
     for call in _TOOL_CALL.finditer(shown):
         parts.append(Markup("{}").format(shown[at : call.start()]))
-        parts.append(Markup('<code class="call">{}</code>').format(_call(call[1])))
+        parts.append(Markup('<code class="call">{}</code>').format(_call(call[1] or call[2] or "")))
         at = call.end()
     parts.append(Markup("{}").format(shown[at:]))
     inner = Markup("").join(parts) if shown.strip() else Markup('<span class="quiet">(nothing)</span>')
@@ -225,8 +232,7 @@ def page(title: str, head: Markup, sections: Sequence[Section], foot: Markup) ->
     """The whole document."""
     style = (files("stateofgpt.report") / "style.css").read_text("utf-8")
     contents = Markup("").join(
-        Markup('<li><a class="c-{}" href="#{}">{}</a></li>').format(s.colour or "none", s.id, s.title)
-        for s in sections
+        Markup('<li><a class="c-{}" href="#{}">{}</a></li>').format(s.colour or "none", s.id, s.title) for s in sections
     )
     chapters = Markup("\n").join(
         Markup(
@@ -235,7 +241,7 @@ def page(title: str, head: Markup, sections: Sequence[Section], foot: Markup) ->
         ).format(i=s.id, c=s.colour or "none", t=s.title, f=s.finding, b=s.body)
         for s in sections
     )
-    return str(
+    return printable(
         Markup(
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'

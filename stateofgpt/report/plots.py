@@ -1,8 +1,8 @@
 """Line charts as inline SVG.
 
-Owns scales, ticks, labels and downsampling. Knows nothing about runs: a chart is made of named series of points. Colours
-are CSS classes (`c-base`, `c-1`, ...), so one chart serves light, dark and print; all numbers are rounded to a tenth of
-a unit and nothing depends on the clock, so equal points make equal bytes.
+Owns scales, ticks, labels and downsampling. Knows nothing about runs: a chart is made of named series of points.
+Colours are CSS classes (`c-base`, `c-1`, ...), so one chart serves light, dark and print; all numbers are rounded to a
+tenth of a unit and nothing depends on the clock, so equal points make equal bytes.
 
 Charts are drawn 400 pixels wide: a little enlarged in half of the page's width, and still legible on a phone's 320.
 """
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 400.0, 225.0
-TOP, BOTTOM, LEFT = 32.0, 34.0, 40.0
+TOP, BOTTOM, LEFT = 32.0, 34.0, 44.0
 LABEL_GAP = 14.0  # between the labels at the ends of lines
 GLYPH = 7.0  # mean width of a label's character at 12 px
 MAX_POINTS = 160
+FEWEST_TO_SMOOTH = 16
 
 Point = tuple[float, float]
 
@@ -35,14 +36,14 @@ class Series:
 
 
 def short(value: float) -> str:
-    """A number for a tick or label: 3 significant digits at most, with k, M, G or T.
+    """A number for a tick or label: 3 significant digits at most, with k, M, B or T.
 
     >>> [short(x) for x in (0, 0.034, 1.5, 12, 1234, 250_000, 2.5e6)]
     ['0', '0.034', '1.5', '12', '1.23k', '250k', '2.5M']
     """
     if not math.isfinite(value):
         return "–"
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:
             return f"{value / size:.3g}{letter}"
     text = f"{value:.3g}"
@@ -76,8 +77,8 @@ def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
 def running_mean(points: Sequence[Point], window: float = 0.06) -> list[Point]:
     """Each y the mean of the points within half of `window` (a share of the length) on either side.
 
-    Where the line begins, and falls or climbs most, both sides are cut alike, so that it is not bent; where it ends, only
-    the missing side is, so that the last value is no single noisy point.
+    Where the line begins, and falls or climbs most, both sides are cut alike, so that it is not bent; where it ends,
+    only the missing side is, so that the last value is no single noisy point.
     """
     reach = max(1, round(len(points) * window / 2))
     sums = [0.0]
@@ -95,7 +96,7 @@ def line_chart(
     series: Sequence[Series], *, title: str, x_name: str, y_low: float | None = None, y_high: float | None = None
 ) -> Markup:
     """A figure's SVG, or nothing when no series has two finite points. The title is drawn above the axis."""
-    drawn = [Series(s.name, _finite(s.points), s.colour, s.noisy) for s in series]
+    drawn = [Series(s.name, _finite(s.points), s.colour, s.noisy and len(s.points) >= FEWEST_TO_SMOOTH) for s in series]
     drawn = [s for s in drawn if len(s.points) >= 2]
     if not drawn:
         return Markup("")
@@ -167,6 +168,8 @@ def _grid(frame: _Frame, title: str, x_name: str) -> Markup:
         )
         parts.append(Markup('<text class="tick" x="{:.0f}" y="{:.1f}">{}</text>').format(LEFT - 8, y + 4, short(value)))
     for value in ticks(frame.x_low, frame.x_high, 4):
+        if frame.x_high >= 2 and value != round(value):
+            continue  # half a step
         x = frame.at((value, frame.y_low))[0]
         text = Markup('<text class="tick x" x="{:.1f}" y="{:.0f}">{}</text>')
         parts.append(text.format(x, base + 15, short(value)))

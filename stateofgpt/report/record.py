@@ -1,7 +1,7 @@
 """What a run left behind, read for the report.
 
-Owns the tolerant reading: a stage that has not run, a file cut short or a number that is none leaves a gap in the record
-and, where something was there but unreadable, a line in `problems`. Knows nothing about how any of it looks.
+Owns the tolerant reading: a stage that has not run, a file cut short or a number that is none leaves a gap in the
+record and, where something was there but unreadable, a line in `problems`. Knows nothing about how any of it looks.
 """
 
 from __future__ import annotations

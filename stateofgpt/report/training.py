@@ -53,15 +53,13 @@ def pipeline(record: Record) -> Section:
         )
         for name, colour, cells in columns
     )
-    finding = Markup("The talk’s slide, with this run’s numbers where the talk has those of its day <i>(in italics)</i>.")
+    finding = Markup(
+        "The talk’s slide, with this run’s numbers where the talk has those of its day <i>(in italics)</i>."
+    )
     return Section("pipeline", "The pipeline", finding, Markup('<div class="slide">{}</div>').format(body))
 
 
 Column = tuple[str, str, list[tuple[str, str]]]
-
-
-def _first(holder: dict[str, Any], *keys: str) -> float | None:
-    return next((value for key in keys if (value := number(holder.get(key))) is not None), None)
 
 
 def _time(record: Record, stage: str) -> str:
@@ -86,7 +84,7 @@ def _pretraining(record: Record) -> Column:
 
 def _finetuning(record: Record) -> Column:
     result = record.result("sft")
-    n = _first(result, "demonstrations", "conversations", "n_demonstrations", "n")
+    n = number(result.get("conversations"))
     return "Supervised finetuning", "sft", [
         (f"{count(n)} demonstrations" if n else "Demonstrations",
          "10–100K ideal answers written by contractors: low quantity, high quality"),
@@ -98,10 +96,11 @@ def _finetuning(record: Record) -> Column:
 
 def _reward(record: Record) -> Column:
     result = record.part("reward")
-    n = _first(result, "comparisons", "rankings", "prompts", "n")
+    pairs, prompts = number(result.get("n_pairs")), number(result.get("n_prompts"))
+    labeller = "the simulated labeller" if result.get("simulated", True) else "people"
     accuracy = number(result.get("pair_accuracy"))
     return "Reward modelling", "reward", [
-        (f"{count(n)} held-out comparisons by the simulated labeller" if n else "Ranked answers",
+        (f"{count(pairs)} pairs of answers to {count(prompts)} prompts, judged by {labeller}" if pairs else "Rankings",
          "100K–1M comparisons written by contractors"),
         ("Ranking: of two answers, the preferred one gets the higher reward",
          "Binary classification: predict rewards consistent with preferences"),
@@ -113,10 +112,11 @@ def _reward(record: Record) -> Column:
 
 def _reinforcement(record: Record) -> Column:
     result = record.result("rl")
-    n = _first(result, "prompts", "episodes", "n_prompts", "rollouts")
+    n = number(result.get("iterations"))
     kl = number(record.part("rl").get("kl"))
     return "Reinforcement learning", "rl", [
-        (f"{count(n)} prompts" if n else "Prompts", "10–100K prompts written by contractors"),
+        (f"Prompts, fresh ones in each of {count(n)} rounds" if n else "Prompts",
+         "10–100K prompts written by contractors"),
         ("PPO: generate tokens that maximise the reward, near the SFT model", "Reinforcement learning"),
         ("RL model, from SFT, scored by the reward model" + (f"; {decimal(kl)} nats from SFT" if kl else ""),
          "RL model, initialised from SFT, uses the RM"),
@@ -138,7 +138,7 @@ def mixture(record: Record) -> Section:
     sources = record.sources()
     theirs = pages.table(
         ["Dataset", "Share", "Epochs", "Disk size"],
-        [[name, bar(share, "none", percent(share, 1)), decimal(epochs), disk] for name, share, epochs, disk in LLAMA_MIXTURE],
+        [[name, bar(part, "none", percent(part, 1)), decimal(n), disk] for name, part, n, disk in LLAMA_MIXTURE],
         caption="LLaMA, 2023",
     )  # fmt: skip
     if not sources:
@@ -163,7 +163,9 @@ def mixture(record: Record) -> Section:
         f"{count(documents)} documents, {size(total)}, drawn from {len(sources)} sources by weight: "
         "the share is that of the tokens trained on, the epochs how often each source was read."
     )
-    body = pages.grid([ours, theirs], "pair") + pages.more("Every source in full, and what cleaning dropped", _full(sources))
+    body = pages.grid([ours, theirs], "pair") + pages.more(
+        "Every source in full, and what cleaning dropped", _full(sources)
+    )
     return Section("mixture", "The data mixture", finding, body, "base")
 
 
@@ -199,18 +201,23 @@ def tokenization(record: Record) -> Section:
         + (f"; a token holds {decimal(mean)} bytes on average." if mean else ".")
         + f" The text below is {n} tokens for {len(TOKENIZED_TEXT.encode())} bytes."
     )
-    body = Markup('<div class="pair tokens"><div class="text">{}</div><div class="ids">{}</div></div>').format(text, ids)
+    body = Markup('<div class="pair tokens"><div class="text">{}</div><div class="ids">{}</div></div>').format(
+        text, ids
+    )
     if len(by_source) > 1:
         longest = max(by_source.values())
         rows = [[pages.title_of(k), bar(v / longest if longest else None, source_colour(record, k), decimal(v))]
                 for k, v in by_source.items()]  # fmt: skip
-        body += pages.more("Bytes per token, by source", pages.table(["Source", "Bytes per token"], rows, caption="Rates"))
+        body += pages.more(
+            "Bytes per token, by source", pages.table(["Source", "Bytes per token"], rows, caption="Rates")
+        )
     return Section("tokens", "Tokenization", finding, body, "base")
 
 
 def _coloured(record: Record) -> tuple[Markup, Markup, int]:
     assert record.tokenizer is not None
-    spans, numbers = [], []
+    spans: list[Markup] = []
+    numbers: list[Markup] = []
     ids = record.tokenizer.encode(TOKENIZED_TEXT)
     group: list[int] = []  # tokens that are pieces of one character are shown together
     for token in ids:
@@ -238,7 +245,9 @@ def pretraining(record: Record) -> Section:
         gap = pages.missing("No model has been pretrained.", f"sog pretrain --out {record.name}")
         return Section("pretraining", "Pretraining", "Predicting the next token, millions of times.", gap, "base")
     finding = "Held-out text costs " + (
-        f"{decimal(end)} bits per byte, down from {decimal(start)}" if start and end else f"{decimal(end)} bits per byte"
+        f"{decimal(end)} bits per byte, down from {decimal(start)}"
+        if start and end
+        else f"{decimal(end)} bits per byte"
     )
     tokens, rate = number(trained.get("tokens")), number(trained.get("tokens_per_second"))
     finding += f" after {count(tokens)} tokens" if tokens else ""
@@ -315,7 +324,7 @@ def lesson(record: Record) -> Section:
     body = pages.table(head, rows, caption="Scaling laws")
     note = "Predicted loss, nats per token. The laws were fitted far above this run’s size and with other tokenizers."
     finding = (
-        "The smaller model trained on more tokens is the better one. The law of 2020 ranks the two the other way round; "
-        "Epoch AI’s refit of the Chinchilla law, which sized this run, gets it right."
+        "The smaller model trained on more tokens is the better one. The law of 2020 ranks the two the other way "
+        "round; Epoch AI’s refit of the Chinchilla law gets it right."
     )
     return Section("lesson", "A smaller model, trained longer", finding, body + pages.paragraph(note, "note"), "base")

@@ -24,7 +24,7 @@ TOLD = ("val_bpb", "val_loss", "pair_accuracy", "true_rl", "true_score")  # the 
 
 @dataclass(frozen=True)
 class Node:
-    """One checkpoint: who it is and who its parents are (ids). A parent that lies elsewhere is a node without a path."""
+    """One checkpoint: who it is and the ids of its parents. A parent that lies elsewhere is a node without a path."""
 
     id: str
     name: str
@@ -191,6 +191,7 @@ def _edge(parent: tuple[float, float], child: tuple[float, float], advised: bool
 def _box(node: Node, x: float, y: float) -> Markup:
     colour = STAGE_COLOURS.get(node.stage, "1")
     name = node.name if len(node.name) <= 24 else node.name[:23] + "…"
+    under = node.told or (node.id[:12] if node.path else "from another folder")
     inner = Markup(
         '<g class="c-{c}{away}"><title>{title}</title><rect class="box" x="{x:.1f}" y="{y:.1f}" width="{w:.0f}" '
         'height="{h:.0f}" rx="5"/><rect class="mark" x="{x:.1f}" y="{y:.1f}" width="4" height="{h:.0f}" rx="2"/>'
@@ -198,6 +199,6 @@ def _box(node: Node, x: float, y: float) -> Markup:
         '<text class="tick" x="{tx:.1f}" y="{uy:.1f}">{under}</text></g>'
     )
     return inner.format(
-        c=colour, away="" if node.path else " away", x=x, y=y, w=BOX_WIDTH, h=BOX_HEIGHT, tx=x + 15, ty=y + 23, uy=y + 42, name=name,
-        title=f"{node.name}, {node.stage}, {node.id}", under=node.told or (node.id[:12] if node.path else "from another folder"),
+        c=colour, away="" if node.path else " away", x=x, y=y, w=BOX_WIDTH, h=BOX_HEIGHT, tx=x + 15, ty=y + 23,
+        uy=y + 42, name=name, title=f"{node.name}, {node.stage}, {node.id}", under=under,
     )  # fmt: skip

@@ -59,11 +59,19 @@ def _diversity_finding(measured: dict[str, dict[str, Any]]) -> str:
         if (entropy := number(measured.get(name, {}).get("entropy"))) is not None
     ]  # fmt: skip
     lead = f"Entropy of the next token, in nats: {', '.join(parts)}. " if parts else ""
-    return lead + "A base model is the better one to ask for more things like these; repeats are struck through."
+    told = [
+        f"{pages.model_name(name)} {percent(distinct)}"
+        for name in MODELS
+        if (distinct := number(measured.get(name, {}).get("distinct"))) is not None
+    ]
+    names = f"Of the names each invented, so many are different ones: {', '.join(told)}. " if told else ""
+    return lead + names + "The talk’s advice is to ask a base model for more things like these."
 
 
 def _names(model: str, names: Sequence[str]) -> Markup:
-    """The names as they came; a name that came before is struck through."""
+    """The names as they came; a name that came before is struck through, an answer without a name left out."""
+    asked = len(names)
+    names = [name for name in names if name.strip()]
     if not names:
         return Markup("")
     seen: Counter[str] = Counter()
@@ -72,7 +80,7 @@ def _names(model: str, names: Sequence[str]) -> Markup:
         key = " ".join(name.split()).casefold()
         items.append(Markup("<s>{}</s>" if seen[key] else "<span>{}</span>").format(name))
         seen[key] += 1
-    head = pages.tag(model) + Markup(" <span>{} of {} different</span>").format(len(seen), len(names))
+    head = pages.tag(model) + Markup(" <span>{} of {} different</span>").format(len(seen), asked)
     body = Markup('<div class="names">{}</div>').format(Markup(" ").join(items))
     return pages.card(head, body, f"c-{pages.colour_of(model)}")
 
@@ -95,7 +103,7 @@ def leaderboard(record: Record) -> Section:
     if any("group" in row for row in rows):
         note += " No chain of battles connects all models: compare ratings within a group only."
     body = _board(rows) + pages.paragraph(note, "note") + _win_rates(mapping(result.get("win_rates")), rows)
-    fights = [_battle(example) for example in records(result.get("examples"))[:5]]
+    fights = [_battle(example) for example in _in_turn(records(result.get("examples")))[:6]]
     examples = Markup("<h3>Battles</h3>") + Markup("").join(fights) if fights else Markup("")
     return Section(id_, title, finding, body + examples)
 
@@ -116,7 +124,9 @@ def _board(rows: Sequence[dict[str, Any]]) -> Markup:
     for i, (row, low, high) in enumerate(zip(rows, lows, highs, strict=True)):
         rating = number(row.get("rating")) or 0.0
         colour = pages.colour_of(str(row.get("model")))
-        interval = Markup('<div class="interval c-{c}"><i style="--x:{x:.2f}%;--w:{w:.2f}%"></i><b style="--x:{m:.2f}%"></b>')
+        interval = Markup(
+            '<div class="interval c-{c}"><i style="--x:{x:.2f}%;--w:{w:.2f}%"></i><b style="--x:{m:.2f}%"></b>'
+        )
         drawn = interval.format(c=colour, x=at(low), w=at(high) - at(low), m=at(rating)) + Markup("</div>")
         span = f"{decimal(low, 0)} – {decimal(high, 0)}"
         name = pages.tag(str(row.get("model")))
@@ -138,6 +148,17 @@ def _win_rates(rates: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Markup:
                                          for other, share in zip(names, shares, strict=True))])  # fmt: skip
     head = ["Share of battles won", *(f"against {pages.model_name(name)}" for name in names)]
     return pages.table(head, cells, caption="Win rates, ties as half")
+
+
+def _in_turn(examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The battles with the pairs of models taking turns."""
+    met: Counter[frozenset[str]] = Counter()
+    turns = []
+    for place, example in enumerate(examples):
+        pair = frozenset((str(example.get("model_a")), str(example.get("model_b"))))
+        turns.append((met[pair], place))
+        met[pair] += 1
+    return [examples[place] for _, place in sorted(turns)]
 
 
 def _battle(example: dict[str, Any]) -> Markup:
@@ -214,10 +235,14 @@ def onward(record: Record) -> Section:
         ("See all models and where they come from", "sog runs"),
         ("Give it more time", f"sog run {record.recipe} --minutes {4 * minutes:.0f} --out runs/longer"),
         ("Raise one on your own text", f"sog run {record.recipe} --corpus PATH --out runs/mine"),
-        ("Use it elsewhere: it is a Hugging Face model", f'AutoModelForCausalLM.from_pretrained("{name}/rl/checkpoint")'),
+        (
+            "Use it elsewhere: it is a Hugging Face model",
+            f'AutoModelForCausalLM.from_pretrained("{name}/rl/checkpoint")',
+        ),
     ]
     rows = Markup("").join(
-        Markup("<li>{}<pre><code>{}</code></pre></li>").format(why, pages.clean(command, 300)) for why, command in commands
+        Markup("<li>{}<pre><code>{}</code></pre></li>").format(why, pages.clean(command, 300))
+        for why, command in commands
     )
     finding = "The loop goes on: people use it, say what was good, and that trains the next one."
     return Section("onward", "How to go on", finding, Markup('<ul class="commands">{}</ul>').format(rows))

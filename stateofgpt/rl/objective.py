@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_LOG_RATIO = 20.0  # exp() of 89 is infinite, and its gradient NaN even where the clip ignores it
+
 
 def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     """Mean over prompts of the mean over pairs of -log sigmoid(better - worse), InstructGPT equation 1.
@@ -36,6 +38,11 @@ def pair_accuracy(scores: Tensor, ranks: Tensor) -> tuple[int, int]:
     return int(right.sum()), int(better.sum())
 
 
+def ranked(ranks: Tensor) -> Tensor:
+    """[prompts], True where at least one pair of a prompt's completions is ordered by `ranks` [prompts, K]."""
+    return _beats(ranks).any(2).any(1)
+
+
 def _beats(ranks: Tensor) -> Tensor:
     """[prompts, K, K], True at [i, j] where completion i is ranked above completion j and both exist."""
     first, second = ranks[:, :, None], ranks[:, None, :]
@@ -54,10 +61,8 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
-def shaped_rewards(
-    scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coefficient: float
-) -> Tensor:
-    """Rewards [B, T]: -kl_coefficient * (log pi - log pi_ref) at every sampled token, plus `scores` [B] at the last one."""
+def shaped_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
+    """Rewards [B, T]: -kl_coefficient * (log pi - log pi_ref) at each sampled token, and `scores` [B] at the last."""
     rewards = -kl_coefficient * (logprobs - reference) * mask
     last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(dim=1)
     rows = torch.arange(mask.shape[0])
@@ -96,7 +101,7 @@ class PolicyLoss:
 
 def clipped_policy_loss(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip: float) -> PolicyLoss:
     """PPO's clipped surrogate (equation 7), negated, mean over sampled tokens. `new`, `old` are log-probabilities."""
-    log_ratio = (new - old) * mask
+    log_ratio = ((new - old) * mask).clamp(max=MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     plain = -advantage * ratio
     clipped = -advantage * ratio.clamp(1.0 - clip, 1.0 + clip)
@@ -120,7 +125,10 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
 
-def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: float = 10.0) -> float:
-    """Next KL coefficient after a batch whose KL was `kl` (Ziegler et al. 1909.08593, equation 4, per batch)."""
-    error = max(-0.2, min(0.2, kl / target - 1.0))
-    return coefficient * (1.0 + error * 2.0 / horizon * 5.0)
+def adapt_kl_coefficient(coefficient: float, kl: float, target: float, gain: float = 0.1) -> float:
+    """Next KL coefficient after a batch whose KL was `kl`; `gain` is K_beta.
+
+    Ziegler et al. (1909.08593), section 2.2: e = clip((kl - target) / target, -0.2, 0.2), then times 1 + K_beta e, with
+    K_beta 0.1 for each of thousands of batches.
+    """
+    return coefficient * (1.0 + gain * max(-0.2, min(0.2, kl / target - 1.0)))

@@ -1,19 +1,21 @@
 """Proximal policy optimisation against a reward model: one iteration of rollouts and updates.
 
-The steps, as in InstructGPT (arXiv 2203.02155) and Huang et al. (2403.17031): sample answers to prompts; score each with
-the reward model, normalised; penalise every token's divergence from the SFT policy; estimate advantages with a value model
-that began as the reward model; whiten them; a few epochs of clipped updates of policy and value. Knows no files and no labels.
+The steps, as in InstructGPT (arXiv 2203.02155) and Huang et al. (2403.17031): sample answers to prompts; score each
+with the reward model, normalised; penalise every token's divergence from the SFT policy; estimate advantages with a
+value model that began as the reward model; whiten them; a few epochs of clipped updates of policy and value. Knows no
+files and no labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from stateofgpt.assistant.session import Turn
+from stateofgpt.errors import ConfigError
 from stateofgpt.model.gpt import GPT
 from stateofgpt.model.heads import RewardModel, ValueModel
 from stateofgpt.rl.objective import (
@@ -38,7 +40,10 @@ def _adam(lr: float) -> LoopConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Everything about the updates. KL is in nats per answer, summed over its sampled tokens."""
+    """Everything about the updates. KL is in nats per answer, summed over its sampled tokens.
+
+    `kl_gain` is how fast the coefficient follows: the paper's 0.1 is for thousands of batches, a run here has tens.
+    """
 
     epochs: int = 2
     minibatches: int = 2
@@ -48,9 +53,21 @@ class PPOConfig:
     lam: float = 0.95
     kl_coefficient: float = 0.04
     kl_target: float | None = 12.0
+    kl_gain: float = 1.0
     no_end_score: float = -2.0
     policy: LoopConfig = field(default_factory=lambda: _adam(1.5e-4))
     value: LoopConfig = field(default_factory=lambda: _adam(3e-4))
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"ppo.{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("clip", "value_clip", "kl_target"):
+            if (value := getattr(self, name)) is not None and not value > 0.0:
+                raise ConfigError(f"ppo.{name} is {value}, must be above 0")
+        for name in ("gamma", "lam"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"ppo.{name} is {getattr(self, name)}, must be from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -99,11 +116,11 @@ class PPO:
         self.value_trainer = Trainer(value, config.value)
 
     def scores(self, turns: Sequence[Turn]) -> Tensor:
-        """Normalised rewards [B]; an answer that did not end gets `no_end_score` whatever it says."""
+        """Normalised rewards [B]; an answer that did not end its turn gets `no_end_score`, whatever it says."""
         context = self.reward.config.max_position_embeddings
         raw = score_ids(self.reward, [[*t.prompt_ids, *t.ids][-context:] for t in turns], self.pad_id)
         normal = [(s - self.mean) / self.std for s in raw]
-        ended = [t.finish == "stop" for t in turns]
+        ended = [t.finish == "stop" and t.ids[-1] == self.end_id for t in turns]
         return torch.tensor([s if end else self.config.no_end_score for s, end in zip(normal, ended, strict=True)])
 
     @torch.no_grad()
@@ -131,16 +148,18 @@ class PPO:
         """All epochs over one batch of experience; learning rates times `factor`."""
         c, rows = self.config, experience.rollouts.ids.shape[0]
         sums = {"policy_loss": 0.0, "value_loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0}
+        updates = 0
         for _ in range(c.epochs):
             for index in torch.randperm(rows, generator=order).chunk(c.minibatches):
                 batch = experience.rows(index)
+                updates += 1
                 sums["policy_loss"] += self.policy_trainer.step([batch], self._policy_loss(sums), factor)["loss"]
                 sums["value_loss"] += self.value_trainer.step([batch], self._value_loss, factor)["loss"]
         if c.kl_target is not None:
-            self.kl_coefficient = adapt_kl_coefficient(self.kl_coefficient, kl, c.kl_target)
-        return {name: total / (c.epochs * c.minibatches) for name, total in sums.items()}
+            self.kl_coefficient = adapt_kl_coefficient(self.kl_coefficient, kl, c.kl_target, c.kl_gain)
+        return {name: total / updates for name, total in sums.items()}
 
-    def _policy_loss(self, sums: dict[str, float]):  # type: ignore[no-untyped-def]
+    def _policy_loss(self, sums: dict[str, float]) -> Callable[[GPT, Experience], Tensor]:
         def loss(model: GPT, batch: Experience) -> Tensor:
             new, _ = policy_logprobs(model, batch.rollouts, self.dtype)
             out = clipped_policy_loss(new, batch.logprobs, batch.advantages, batch.rollouts.mask, self.config.clip)
@@ -155,7 +174,9 @@ class PPO:
         mask = batch.rollouts.mask
         return clipped_value_loss(new, batch.values, batch.returns, mask, self.config.value_clip) * batch.weight
 
-    def _in_parts(self, forward, rollouts: Rollouts, at_once: int = 16) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    def _in_parts(
+        self, forward: Callable[[Rollouts], tuple[Tensor, ...]], rollouts: Rollouts, at_once: int = 16
+    ) -> tuple[Tensor, ...]:
         """Run a forward pass over rows in parts of like length, and put the results back into [B, T]."""
         B, T = rollouts.mask.shape
         last = (rollouts.mask * torch.arange(1, T + 1)).argmax(1)

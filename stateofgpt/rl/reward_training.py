@@ -1,7 +1,7 @@
 """Training a reward model from rankings, and asking it for scores. Knows where no ranking comes from.
 
-InstructGPT (arXiv 2203.02155, section 3.5): starts from the SFT weights, all K(K-1)/2 pairs of a prompt in one batch, one
-epoch, scores then shifted to mean 0.
+InstructGPT (arXiv 2203.02155, section 3.5): starts from the SFT weights, all K(K-1)/2 pairs of a prompt in one batch,
+one epoch, scores then shifted to mean 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stateofgpt.data.comparisons import Ranking
 from stateofgpt.model.heads import RewardModel
-from stateofgpt.rl.objective import pair_accuracy, ranking_loss
+from stateofgpt.rl.objective import pair_accuracy, ranked, ranking_loss
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.train.loop import LoopConfig
 from stateofgpt.train.loss import Dtype
@@ -43,7 +43,8 @@ class RankedBatch:
 
     @property
     def weight(self) -> float:
-        return float(self.ranks.shape[0])
+        """Prompts with something to learn: those whose ranks are not all equal."""
+        return float(ranked(self.ranks).sum())
 
 
 def conversation_ids(chat: ChatFormat, prompt: Conversation, completion: Conversation, context: int) -> list[int]:
@@ -54,9 +55,15 @@ def conversation_ids(chat: ChatFormat, prompt: Conversation, completion: Convers
     return ids[-context:]
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Rows of ids as one tensor [n, longest], padded on the right; lengths rounded up to a multiple of 16."""
-    longest = -(-max(len(row) for row in rows) // 16) * 16
+def pad(rows: Sequence[Sequence[int]], pad_id: int, limit: int | None = None) -> Tensor:
+    """Rows of ids as one tensor [n, longest], padded on the right.
+
+    The length is rounded up to a multiple of 16, though not beyond `limit`, the context of the model that reads it.
+    """
+    needed = max(len(row) for row in rows)
+    longest = -(-needed // 16) * 16
+    if limit is not None:
+        longest = max(needed, min(longest, limit))
     return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.int64)
 
 
@@ -69,11 +76,11 @@ def ranked_batch(chat: ChatFormat, rankings: Sequence[Ranking], context: int) ->
         for k in range(most)
     ]
     ranks = torch.tensor([[*r.ranks, *[0] * (most - len(r.ranks))] for r in rankings])
-    return RankedBatch(pad(rows, chat.tokenizer.pad), ranks)
+    return RankedBatch(pad(rows, chat.tokenizer.pad, context), ranks)
 
 
 class RankingLoss:
-    """`loss(model, batch)`: ranking loss summed over the batch's prompts."""
+    """`loss(model, batch)`: ranking loss summed over the batch's prompts that have a pair."""
 
     def __init__(self, dtype: Dtype) -> None:
         self.dtype = dtype
@@ -105,9 +112,11 @@ def score_ids(model: RewardModel, rows: Sequence[Sequence[int]], pad_id: int, at
     """Raw scores of id rows, computed in float32, longest first so that little is padding."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     out = [0.0] * len(rows)
+    limit = model.config.max_position_embeddings
     for start in range(0, len(order), at_once):
         chosen = order[start : start + at_once]
-        for i, score in zip(chosen, model(pad([rows[i] for i in chosen], pad_id)).tolist(), strict=True):
+        scores = model(pad([rows[i] for i in chosen], pad_id, limit)).tolist()
+        for i, score in zip(chosen, scores, strict=True):
             out[i] = score
     return out
 

@@ -1,6 +1,7 @@
 """Rollouts: what a policy answered, as the tensors that policy optimisation needs.
 
-Owns the layout (prompt, sampled tokens, tool output, padding) and the forward passes over it. Knows nothing of objectives.
+Owns the layout (prompt, sampled tokens, tool output, padding) and the forward passes over it. Knows nothing of
+objectives.
 """
 
 from __future__ import annotations

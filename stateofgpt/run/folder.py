@@ -48,7 +48,7 @@ class Run:
             raise RunError(f"{root} holds files but no run; choose another --out, or an empty folder")
         lock = Lock(root / ".lock")
         try:
-            for leftover in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):  # of killed processes: we hold the lock
+            for leftover in root.rglob(".*.tmp"):  # of killed processes: we hold the lock
                 leftover.unlink(missing_ok=True)
             if path.exists():
                 _refuse_another(root, _read_run(path), asked, ignore_keys)

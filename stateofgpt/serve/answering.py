@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from stateofgpt.assistant.session import Done, TextDelta, ToolCalled, ToolReturned
+from stateofgpt.assistant.session import Done, Streamed, TextDelta, ToolCalled, ToolReturned
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.text.chat import Conversation, Message, ToolCall
-
-Event = TextDelta | ToolCalled | ToolReturned | Done
 
 
 class Assistant(Protocol):
@@ -32,8 +30,14 @@ class Assistant(Protocol):
     def fit(self, conversation: Conversation, max_tokens: int) -> tuple[Conversation, int]:
         """The conversation without its oldest turns where it is too long, and how many messages were dropped."""
 
-    def stream(self, conversation: Conversation, params: SamplingParams) -> Iterator[Event]:
-        """Events of one answer; closing the iterator ends the generation."""
+    def stream(
+        self, conversation: Conversation, params: SamplingParams, stopped: threading.Event
+    ) -> Iterator[Streamed]:
+        """Events of one answer. Raises Stopped at the next token once `stopped` is set."""
+
+
+class Stopped(Exception):
+    """Somebody has asked the answer to end; raised by an assistant's stream."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,13 @@ class Answer:
 
 def answer(
     assistant: Assistant, conversation: Conversation, params: SamplingParams, stopped: threading.Event
-) -> Iterator[Event | Answer]:
-    """The events of one answer, and last of all the Answer. Setting `stopped` ends it at the next event.
+) -> Iterator[Streamed | Answer]:
+    """The events of one answer, and last of all the Answer. Setting `stopped` ends it at the next token.
 
     What the assistant raises is in the Answer, beside what was written until then.
     """
     written = _Transcript()
-    events = assistant.stream(conversation, params)
+    events = assistant.stream(conversation, params, stopped)
     result: Answer | None = None
     try:
         for event in events:
@@ -71,10 +75,12 @@ def answer(
                 turn = event.turn
                 result = Answer(turn.messages, turn.finish, len(turn.prompt_ids), sum(turn.mask))
                 break
-            if stopped.is_set():
-                break
             written.add(event)
             yield event
+            if stopped.is_set():
+                break
+    except Stopped:
+        pass
     except Exception as error:  # what was written before it is kept; the caller says what happened
         result = Answer(written.messages(), "error", error=error)
     finally:
@@ -92,14 +98,14 @@ class _Transcript:
         self._text = ""
         self._calls: list[ToolCall] = []
 
-    def add(self, event: Event) -> None:
+    def add(self, event: Streamed) -> None:
         if isinstance(event, TextDelta):
             self._text += event.text
         elif isinstance(event, ToolCalled):
             self._calls.append(event.call)
         elif isinstance(event, ToolReturned):
             self._close()
-            self._closed.append(Message("tool", event.result))
+            self._closed.append(Message("tool", event.text))
 
     def messages(self) -> Conversation:
         self._close()

@@ -141,12 +141,14 @@ def create_app(assistant: Assistant, store: FeedbackStore, config: Config | None
     async def on_error(_: Request, error: Exception) -> Response:
         return refuse(error)
 
-    return Starlette(
+    application = Starlette(
         routes=routes,
         middleware=[Middleware(Guard)],
         exception_handlers={kind: on_error for kind in (ApiError, StateOfGptError, HTTPException)},
         lifespan=lifespan,
     )
+    application.router.redirect_slashes = False  # an address is right or it is not
+    return application
 
 
 async def _file(name: str, kind: str, _: Request) -> Response:

@@ -15,11 +15,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from stateofgpt.assistant.session import TextDelta
+from stateofgpt.assistant.session import Streamed, TextDelta
 from stateofgpt.errors import StateOfGptError
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.serve import protocol
-from stateofgpt.serve.answering import Answer, Assistant, Event, answer
+from stateofgpt.serve.answering import Answer, Assistant, answer
 from stateofgpt.serve.guard import read_body, report_bug
 from stateofgpt.serve.protocol import ApiError, CompletionRequest, CompletionShapes, StopStrings
 from stateofgpt.serve.streams import Pieces, Running
@@ -47,9 +47,7 @@ def openai_routes(assistant: Assistant, running: Running, defaults: SamplingPara
             message = "the messages are longer than the model can read: send fewer or shorter ones"
             raise ApiError(400, message, param="messages", code="context_length_exceeded")
         id, stop = running.begin()
-        pieces = Pieces(
-            answer(assistant, asked.conversation, asked.params, stop), functools.partial(running.end, id)
-        )
+        pieces = Pieces(answer(assistant, asked.conversation, asked.params, stop), functools.partial(running.end, id))
         shapes = CompletionShapes(id, assistant.name, asked.include_usage)
         if asked.stream:
             frames = _streamed(pieces, stop, shapes, asked)
@@ -65,7 +63,7 @@ def openai_routes(assistant: Assistant, running: Running, defaults: SamplingPara
 
 
 async def _streamed(
-    pieces: Pieces[Event | Answer], stop: threading.Event, shapes: CompletionShapes, asked: CompletionRequest
+    pieces: Pieces[Streamed | Answer], stop: threading.Event, shapes: CompletionShapes, asked: CompletionRequest
 ) -> AsyncIterator[bytes]:
     until = StopStrings(asked.stop)
     try:
@@ -91,7 +89,7 @@ async def _streamed(
 
 
 async def _whole(
-    pieces: Pieces[Event | Answer],
+    pieces: Pieces[Streamed | Answer],
     stop: threading.Event,
     shapes: CompletionShapes,
     asked: CompletionRequest,

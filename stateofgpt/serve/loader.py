@@ -6,22 +6,25 @@ for the model, and the names of the stages it went through. Knows nothing of HTT
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
-from stateofgpt.assistant.session import Session
+from stateofgpt.assistant.session import Session, Streamed
 from stateofgpt.assistant.tools import Toolbox
 from stateofgpt.errors import ModelError, StateOfGptError
-from stateofgpt.infer.engine import Engine
+from stateofgpt.infer.engine import Engine, Event
 from stateofgpt.infer.loop import EngineLoop
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.model.checkpoint import Lineage, load_model, read_lineage
 from stateofgpt.run import resolve_model
-from stateofgpt.serve.answering import Event
+from stateofgpt.serve.answering import Stopped
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
 
+TOKENS_PER_MESSAGE = 4  # a message takes at least so many, so more than context / 4 messages never fit
+MIN_ANSWER_TOKENS = 16  # room that must be left
 SIDE_BRANCHES = frozenset({"reward"})  # parents that judged, and wrote none of the weights
 
 
@@ -42,7 +45,7 @@ class LoadedAssistant:
 
     def __init__(self, loop: EngineLoop, chat: ChatFormat, name: str, lineage: tuple[str, ...]) -> None:
         self._loop, self._chat = loop, chat
-        self._session = Session(loop, chat, Toolbox())
+        self._tools = Toolbox()
         self.name, self.lineage = name, lineage
 
     def __enter__(self) -> Self:
@@ -54,29 +57,39 @@ class LoadedAssistant:
     def close(self) -> None:
         self._loop.close()
 
-    def stream(self, conversation: Conversation, params: SamplingParams) -> Iterator[Event]:
-        """Events of one answer; closing the iterator ends the generation within a step."""
-        return self._session.stream(conversation, params)
+    def stream(
+        self, conversation: Conversation, params: SamplingParams, stopped: threading.Event
+    ) -> Iterator[Streamed]:
+        """Events of one answer. Raises Stopped at the next token once `stopped` is set; its row is free at once."""
+        return Session(_Stoppable(self._loop, stopped), self._chat, self._tools).stream(conversation, params)
 
     def fit(self, conversation: Conversation, max_tokens: int) -> tuple[Conversation, int]:
-        """The newest turns that leave room for an answer, and how many messages were dropped.
+        """The newest exchanges that leave room for an answer, and how many messages were dropped.
 
-        Whole turns go, oldest first, and never the system's message. ModelError when the last turn alone is too long.
+        ModelError when what was said last is too long alone.
         """
-        context = self._loop.max_context
-        room = context - min(max_tokens, context // 4)
-        system = conversation[:1] if conversation and conversation[0].role == "system" else ()
-        rest = conversation[len(system) :]
-        starts = [i for i, message in enumerate(rest) if message.role == "user"] or [0]
-        costs = [len(self._chat.render((message,)).ids) - 1 for message in rest]
-        fixed = len(self._chat.render(system, add_generation_prompt=True).ids)
-        for start in [0, *starts]:
-            if fixed + sum(costs[start:]) <= room:
-                return (*system, *rest[start:]), start
-        raise ModelError(
-            f"the message has {sum(costs[starts[-1] :])} tokens, and this model can read {room - fixed} before it "
-            "answers: shorten it"
-        )
+        newest = conversation[-(self._loop.max_context // TOKENS_PER_MESSAGE) :]
+        fitted = Session(self._loop, self._chat).fit(newest)
+        tokens = len(self._chat.render(fitted, add_generation_prompt=True).ids)
+        room = self._loop.max_context - min(max_tokens, MIN_ANSWER_TOKENS)
+        if tokens > room:
+            raise ModelError(f"the message has {tokens} tokens, and this model can read {room}: shorten it")
+        return fitted, len(conversation) - len(fitted)
+
+
+class _Stoppable:
+    """The engine's loop as one answer sees it: its events end with Stopped when the answer is to end."""
+
+    def __init__(self, loop: EngineLoop, stopped: threading.Event) -> None:
+        self._loop, self._stopped = loop, stopped
+        self.max_context = loop.max_context
+        self.add, self.extend, self.cancel = loop.add, loop.extend, loop.cancel
+
+    def events(self, requests: Iterable[int]) -> Iterator[Event]:
+        for event in self._loop.events(requests):
+            if self._stopped.is_set():
+                raise Stopped
+            yield event
 
 
 def stages_of(model_dir: Path, lineage: Lineage) -> tuple[str, ...]:

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stateofgpt.assistant.session import TextDelta, ToolCalled, ToolReturned
+from stateofgpt.assistant.session import Streamed, TextDelta, ToolCalled, ToolReturned
 from stateofgpt.data.feedback import StoredMessage, Verdict
 from stateofgpt.errors import StateOfGptError
 from stateofgpt.infer.sampling import SamplingParams
-from stateofgpt.serve.answering import Answer, Event, describe, parts
+from stateofgpt.serve.answering import Answer, describe, parts
 from stateofgpt.serve.markdown import render
 from stateofgpt.text.chat import Conversation, message_from_json
 
@@ -219,14 +219,14 @@ class StopStrings:
 # -- how answers look ------------------------------------------------------------------------------------------------
 
 
-def show_event(event: Event) -> dict[str, Any] | None:
+def show_event(event: Streamed) -> dict[str, Any] | None:
     """An event of the page's stream; None for what is not shown."""
     if isinstance(event, TextDelta):
         return {"type": "delta", "text": event.text}
     if isinstance(event, ToolCalled):
         return {"type": "tool_call", "name": event.call.name, "arguments": describe(event.call)}
     if isinstance(event, ToolReturned):
-        return {"type": "tool_result", "result": event.result}
+        return {"type": "tool_result", "result": event.text}
     return None
 
 

@@ -194,7 +194,7 @@ class Terminal:
                     self._put(("" if fresh else "\n") + plain(f"  [{piece.call.name} {describe(piece.call)}"))
                     fresh = False
                 elif isinstance(piece, ToolReturned):
-                    self._put(plain(f" → {' '.join(piece.result.split())}]") + "\n")
+                    self._put(plain(f" → {' '.join(piece.text.split())}]") + "\n")
                     fresh = True
         if not fresh:
             self._put("\n")

@@ -7,6 +7,7 @@ Owns who fights whom over what. The judge is the labeller without noise, who see
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -20,6 +21,7 @@ from stateofgpt.eval.arena import Battle, leaderboard, win_rates
 from stateofgpt.eval.suites import conversation, fake_transcript_prompt
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import load_model
+from stateofgpt.model.gpt import GPT
 from stateofgpt.rl.labeller import SimulatedLabeller
 from stateofgpt.run import Run
 from stateofgpt.stages.evaluate import complete_plainly
@@ -57,38 +59,63 @@ def run(config: Config, run: Run) -> dict[str, Any]:
             model = load_model(folder)
             if name == "base":
                 texts = [fake_transcript_prompt(p) for p in asked]
-                answers[name] = complete_plainly(
-                    model, tokenizer, texts, temperature=config.temperature, seed=run.seed
-                )
+                answers[name] = complete_plainly(model, tokenizer, texts, temperature=config.temperature, seed=run.seed)
             else:
-                session = Session(Engine(model, max_batch=96), ChatFormat(tokenizer), Toolbox())
-                params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, seed=run.seed)
-                turns = session.converse([conversation(p) for p in asked], params)
-                answers[name] = [turn.messages for turn in turns]
+                answers[name] = answers_of(model, tokenizer, [conversation(p) for p in asked], config, run.seed)
         result = hold(asked, answers, SimulatedLabeller(run.seed), run.seed)
         stage.finish(result)
         return result
 
 
+def answers_of(
+    model: GPT, tokenizer: Tokenizer, asked: Sequence[Conversation], config: Config, seed: int
+) -> list[Conversation]:
+    """What an assistant answers, tools in hand."""
+    session = Session(Engine(model, max_batch=96), ChatFormat(tokenizer), Toolbox())
+    params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, seed=seed)
+    return [turn.messages for turn in session.converse(asked, params)]
+
+
 def hold(
     asked: list[Problem], answers: dict[str, list[Conversation]], judge: SimulatedLabeller, seed: int
 ) -> dict[str, Any]:
-    """All battles over all prompts, sides drawn by lot: the leaderboard, win rates and some examples."""
+    """All battles over all problems, as the labeller without noise judges them."""
+    return battle([p.question for p in asked], answers, lambda i, a, b: judge.prefer(asked[i], a, b), seed)
+
+
+def battle(
+    asked: Sequence[str],
+    answers: Mapping[str, Sequence[Conversation]],
+    prefer: Callable[[int, Conversation, Conversation], float],
+    seed: int,
+) -> dict[str, Any]:
+    """All battles over all prompts, sides drawn by lot: the leaderboard, win rates and some examples.
+
+    `prefer(i, a, b)` judges two answers to prompt i: 1.0 where a is better, 0.0 where b is, else a tie.
+    """
     rng = random.Random(f"sides {seed}")
     battles: list[Battle] = []
     examples: list[dict[str, Any]] = []
     for one, other in combinations(answers, 2):
-        for i, problem in enumerate(asked):
+        for i, question in enumerate(asked):
             a, b = (one, other) if rng.random() < 0.5 else (other, one)
-            verdict = judge.prefer(problem, answers[a][i], answers[b][i])
+            verdict = prefer(i, answers[a][i], answers[b][i])
             winner = "a" if verdict == 1.0 else "b" if verdict == 0.0 else "tie"
             battles.append(Battle(a, b, winner, str(i)))  # type: ignore[arg-type]
             if i % max(1, len(asked) // EXAMPLES * 3) == 0:
-                examples.append({
-                    "prompt": problem.question,
-                    "model_a": a, "answer_a": written(answers[a][i]),
-                    "model_b": b, "answer_b": written(answers[b][i]),
-                    "winner": winner,
-                })
-    return {"leaderboard": leaderboard(battles, seed=seed), "win_rates": win_rates(battles),
-            "battles": len(battles), "examples": examples}
+                examples.append(
+                    {
+                        "prompt": question,
+                        "model_a": a,
+                        "answer_a": written(answers[a][i]),
+                        "model_b": b,
+                        "answer_b": written(answers[b][i]),
+                        "winner": winner,
+                    }
+                )
+    return {
+        "leaderboard": leaderboard(battles, seed=seed),
+        "win_rates": win_rates(battles),
+        "battles": len(battles),
+        "examples": examples,
+    }

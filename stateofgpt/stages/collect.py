@@ -64,7 +64,7 @@ class Config:
     sources: tuple[SourceConfig, ...] = DEFAULT_SOURCES
     corpus: tuple[str, ...] = ()
     corpus_weight: float = 0.5
-    corpus_max_bytes: int = 64_000_000
+    corpus_max_bytes: int = 16_000_000
     fewest_corpus_bytes: int = 10_000
     validation_share: float = 0.02
     most_characters: int = 8_000  # longer texts are split into documents of this size

@@ -39,7 +39,17 @@ from stateofgpt.text.chat import ChatFormat, Conversation, Message
 from stateofgpt.text.tokenizer import Tokenizer
 
 KEY_SKILLS = ("arithmetic", "arithmetic_direct", "arithmetic_steps", "arithmetic_tool", "compare")
-TRICK_SKILLS = ("arithmetic_direct", "arithmetic_steps", "fact", "copy", "reverse", "count", "sort", "greet", "identity")
+TRICK_SKILLS = (
+    "arithmetic_direct",
+    "arithmetic_steps",
+    "fact",
+    "copy",
+    "reverse",
+    "count",
+    "sort",
+    "greet",
+    "identity",
+)
 NAME_QUESTION = "Invent a name for a creature."
 N_NAMES = 100
 
@@ -167,8 +177,13 @@ class _Evaluation:
             names = [read_name(final_text(t.messages)) or "" for t in turns]
             rows = [([*t.prompt_ids, *t.ids], len(t.prompt_ids)) for t in turns]
         measured = measure_names(names, known_names())
-        return {**measured, "entropy": mean_token_entropy(model, rows), "plausible": plausible_share(names),
-                "n": len(names), "names": names}
+        return {
+            **measured,
+            "entropy": mean_token_entropy(model, rows),
+            "plausible": plausible_share(names),
+            "n": len(names),
+            "names": names,
+        }
 
     def _listed_names(self, model: GPT) -> tuple[list[str], list[tuple[list[int], int]]]:
         names: list[str] = []
@@ -178,7 +193,9 @@ class _Evaluation:
         for attempt in range(8):
             prompts = [self._document(name_list_prompt(rng)) for _ in range(32)]
             params = SamplingParams(
-                max_tokens=60, temperature=self.config.names_temperature, seed=self.run.seed * 100 + attempt,
+                max_tokens=60,
+                temperature=self.config.names_temperature,
+                seed=self.run.seed * 100 + attempt,
                 stop_ids=(self.tokenizer.eot,),
             )
             for prompt, made in zip(prompts, engine.complete(prompts, params), strict=True):
@@ -193,7 +210,13 @@ class _Evaluation:
 
 
 def complete_plainly(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], *, temperature: float, seed: int = 0, max_tokens: int = 110
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    temperature: float,
+    seed: int = 0,
+    max_tokens: int = 110,
 ) -> list[Conversation]:
     """A base model's continuations of plain texts, read as answers; the oldest words of a long prompt are dropped."""
     room = model.config.max_position_embeddings - max_tokens

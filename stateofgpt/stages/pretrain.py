@@ -25,7 +25,6 @@ from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.dial import choose, shape, timed_steps
 from stateofgpt.train.loop import LoopConfig, Trainer, fit
 from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
-from stateofgpt.train.optim import OptimConfig
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
@@ -109,8 +108,12 @@ class _Pretraining:
         vocab = -(-self.tokenizer.vocab_size // 64) * 64
         if c.width is not None and c.layers is not None:
             dtype: Dtype = "float32" if c.dtype == "auto" else c.dtype
-            return {"model": asdict(shape(c.width, c.layers, vocab, c.context)), "dtype": dtype,
-                    "compiled": bool(c.compiled), "rates": {}}
+            return {
+                "model": asdict(shape(c.width, c.layers, vocab, c.context)),
+                "dtype": dtype,
+                "compiled": bool(c.compiled),
+                "rates": {},
+            }
         if c.seconds is None:
             raise ConfigError("pretrain without seconds needs both width and layers")
         choice = choose(vocab, c.context, c.seconds, rows=c.rows)
@@ -161,7 +164,11 @@ class _Pretraining:
             "plan": self.stage.decide("plan", dict),
         }
         save_checkpoint(
-            self.stage.checkpoint, model, tokenizer=self.tokenizer, stage="pretrain", run=self.run.root.name,
+            self.stage.checkpoint,
+            model,
+            tokenizer=self.tokenizer,
+            stage="pretrain",
+            run=self.run.root.name,
             metrics={"val_bpb": result["val_bpb"], "tokens": result["tokens"]},
         )
         TrainState(self.stage.resume_dir).clear()

@@ -13,15 +13,15 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from stateofgpt.assistant.session import Session
+from stateofgpt.assistant.tools import Toolbox
 from stateofgpt.data.comparisons import Ranking, read_rankings, write_rankings
 from stateofgpt.data.prompts import PromptConfig, prompts
 from stateofgpt.data.skills import Problem, Split, problem_from_json, problem_to_json
 from stateofgpt.errors import ConfigError, DataError
 from stateofgpt.eval.statistics import spearman
-from stateofgpt.infer.engine import Engine, SamplingParams
-from stateofgpt.assistant.session import Session
-from stateofgpt.assistant.tools import Toolbox
 from stateofgpt.eval.suites import conversation
+from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import load_model, save_checkpoint
 from stateofgpt.model.heads import RewardModel
 from stateofgpt.rl.labeller import DEFAULT_NOISE, SimulatedLabeller, noise_ceiling, pairs_of
@@ -38,6 +38,7 @@ from stateofgpt.stages.transcript import written
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.loop import Trainer, fit
+from stateofgpt.train.loss import Dtype
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
@@ -75,6 +76,50 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         return _RewardModelling(config, run, stage).work()
 
 
+def learn(
+    model: RewardModel,
+    chat: ChatFormat,
+    train: Sequence[Ranking],
+    held_out: Sequence[Ranking],
+    order: Sequence[Sequence[int]],
+    stage: Stage,
+    training: RewardTraining,
+    dtype: Dtype,
+) -> None:
+    """Train `model` on the rankings in steps of `order`, resumably in the stage's folder; five looks at `held_out`."""
+    context = model.config.max_position_embeddings
+    loss = RankingLoss(dtype)
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        extra = {}
+        if step in {round(x * len(order) / 4) for x in range(5)}:
+            right, pairs = held_out_accuracy(score_rankings(model, chat, held_out), held_out)
+            extra = {"val_accuracy": right / max(1, pairs)}
+        if metrics:
+            metrics = {**metrics, "accuracy": loss.accuracy()}
+        if metrics or extra:
+            stage.log(step, **metrics, **extra)
+
+    fit(
+        Trainer(model, training.loop),
+        lambda step: [ranked_batch(chat, [train[i] for i in order[step]], context)],
+        loss,
+        steps=len(order),
+        factor=lambda step: warmup_stable_decay(
+            step, len(order), warmup=training.warmup, decay_share=training.decay_share
+        ),
+        state=TrainState(stage.resume_dir),
+        on_resume=stage.truncate_metrics,
+        callbacks=(log,),
+    )
+
+
+def usual_score(model: RewardModel, chat: ChatFormat, rankings: Sequence[Ranking]) -> dict[str, float]:
+    """Mean and standard deviation of the scores of some completions: what reinforcement learning normalises by."""
+    scores = [score for row in score_rankings(model, chat, rankings) for score in row]
+    return {"mean": fmean(scores), "std": pstdev(scores) or 1.0}
+
+
 class _RewardModelling:
     def __init__(self, config: Config, run: Run, stage: Stage) -> None:
         self.config, self.run, self.stage = config, run, stage
@@ -86,35 +131,9 @@ class _RewardModelling:
 
     def work(self) -> dict[str, Any]:
         train, held_out = self._rankings()
-        gpt = load_model(self.sft)
-        model = RewardModel(gpt, self.tokenizer.pad)
-        context = gpt.config.max_position_embeddings
-        training = self.config.training
-        order = step_order(len(train), self.run.seed, training.prompts_per_step)
-        loss = RankingLoss(self.dtype)
-
-        def log(step: int, metrics: dict[str, float]) -> None:
-            extra = {}
-            if step in {round(x * len(order) / 4) for x in range(5)}:
-                right, pairs = held_out_accuracy(score_rankings(model, self.chat, held_out), held_out)
-                extra = {"val_accuracy": right / max(1, pairs)}
-            if metrics:
-                metrics = {**metrics, "accuracy": loss.accuracy()}
-            if metrics or extra:
-                self.stage.log(step, **metrics, **extra)
-
-        fit(
-            Trainer(model, training.loop),
-            lambda step: [ranked_batch(self.chat, [train[i] for i in order[step]], context)],
-            loss,
-            steps=len(order),
-            factor=lambda step: warmup_stable_decay(
-                step, len(order), warmup=training.warmup, decay_share=training.decay_share
-            ),
-            state=TrainState(self.stage.resume_dir),
-            on_resume=self.stage.truncate_metrics,
-            callbacks=(log,),
-        )
+        model = RewardModel(load_model(self.sft), self.tokenizer.pad)
+        order = step_order(len(train), self.run.seed, self.config.training.prompts_per_step)
+        learn(model, self.chat, train, held_out, order, self.stage, self.config.training, self.dtype)
         return self._finish(model, train, held_out)
 
     # ---- rankings -------------------------------------------------------------------------------------------------
@@ -125,14 +144,18 @@ class _RewardModelling:
             if len(own) < 20:
                 raise DataError(f"{self.config.rankings} holds {len(own)} rankings; at least 20 are needed")
             held_out = max(2, len(own) // 10)
-            return own[held_out:], own[:held_out]
+            return self._kept(own[held_out:], own[:held_out])
         session = Session(Engine(load_model(self.sft), max_batch=96), self.chat, Toolbox())
         held_out_rankings = self._sampled(session, "heldout", self.config.held_out_prompts)
         n = self.stage.decide("prompts", lambda: {"n": self._affordable(session)})["n"]
         train = self._sampled(session, "train", n)
+        return self._kept(train, held_out_rankings)
+
+    def _kept(self, train: list[Ranking], held_out: list[Ranking]) -> tuple[list[Ranking], list[Ranking]]:
+        """Both, after they have been written down: `sog improve` goes back to them."""
         write_rankings(self.stage.dir / "rankings.jsonl", train)
-        write_rankings(self.stage.dir / "rankings_held_out.jsonl", held_out_rankings)
-        return train, held_out_rankings
+        write_rankings(self.stage.dir / "rankings_held_out.jsonl", held_out)
+        return train, held_out
 
     def _affordable(self, session: Session) -> int:
         """How many prompts the budget allows: what one chunk takes to sample and to learn from, measured."""
@@ -183,28 +206,32 @@ class _RewardModelling:
     def _finish(self, model: RewardModel, train: list[Ranking], held_out: list[Ranking]) -> dict[str, Any]:
         scores = score_rankings(model, self.chat, held_out)
         right, pairs = held_out_accuracy(scores, held_out)
-        usual = [s for row in score_rankings(model, self.chat, train[:64]) for s in row]
         result: dict[str, Any] = {
             "n_prompts": len(train),
             "n_pairs": sum(len(r.pairs()) for r in train),
             "pair_accuracy": right / max(1, pairs),
             "n": pairs,
-            "mean": fmean(usual),
-            "std": pstdev(usual) or 1.0,
+            **usual_score(model, self.chat, train[:64]),
             "simulated": self.config.rankings is None,
         }
         if self.config.rankings is None:
             result |= self._beside_the_truth(scores, held_out)
         save_checkpoint(
-            self.stage.checkpoint, model, tokenizer=self.tokenizer, stage="reward", run=self.run.root.name,
-            parents=[self.sft], metrics={"pair_accuracy": result["pair_accuracy"]},
+            self.stage.checkpoint,
+            model,
+            tokenizer=self.tokenizer,
+            stage="reward",
+            run=self.run.root.name,
+            parents=[self.sft],
+            metrics={"pair_accuracy": result["pair_accuracy"]},
         )
         TrainState(self.stage.resume_dir).clear()
         self.stage.finish(result)
         return result
 
     def _beside_the_truth(self, scores: list[list[float]], held_out: list[Ranking]) -> dict[str, Any]:
-        truths, correlations, pairs, examples = [], [], [], []
+        truths, correlations, pairs = [], [], []
+        examples: list[dict[str, Any]] = []
         for row, ranking in zip(scores, held_out, strict=True):
             problem = problem_from_json(ranking.problem or {})
             truth = [self.labeller.score(problem, c) for c in ranking.completions]
@@ -213,16 +240,17 @@ class _RewardModelling:
             if len(set(truth)) > 1:
                 correlations.append(spearman(row, truth))
             if len(examples) < 6 and len(set(truth)) > 2:
-                examples.append({
-                    "prompt": problem.question,
-                    "completions": [
-                        {"text": written(c), "score": s, "true_score": t, "rank": r}
-                        for c, s, t, r in zip(ranking.completions, row, truth, ranking.ranks, strict=True)
-                    ],
-                })
+                examples.append(
+                    {
+                        "prompt": problem.question,
+                        "completions": [
+                            {"text": written(c), "score": s, "true_score": t, "rank": r}
+                            for c, s, t, r in zip(ranking.completions, row, truth, ranking.ranks, strict=True)
+                        ],
+                    }
+                )
         return {
             "ceiling": noise_ceiling(pairs),
             "rank_correlation": fmean(correlations) if correlations else 0.0,
             "examples": examples,
         }
-

@@ -6,6 +6,7 @@ comparison with SFT on held-out prompts. The algorithm lives in `rl/`.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from stateofgpt.model.heads import ValueModel
 from stateofgpt.rl.labeller import SimulatedLabeller
 from stateofgpt.rl.ppo import PPO, PPOConfig
 from stateofgpt.run import Run, Stage
-from stateofgpt.text.chat import ChatFormat
+from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
@@ -74,18 +75,41 @@ def run(config: Config, run: Run) -> dict[str, Any]:
 
 
 class PolicyTraining:
-    """PPO from the policy in `start` against the reward model in `reward`, within one stage's folder."""
+    """PPO from the policy in `start` against the reward model in `reward`, within one stage's folder.
+
+    `own` are prompts of people's, which get `own_share` of every batch; they have no right answer, so the true score
+    is that of the others.
+    """
 
     def __init__(
-        self, config: Config, run: Run, stage: Stage, start: Path, reward: Path, dtype: Any, mean: float, std: float
+        self,
+        config: Config,
+        run: Run,
+        stage: Stage,
+        start: Path,
+        reward: Path,
+        dtype: Any,
+        mean: float,
+        std: float,
+        own: Sequence[Conversation] = (),
+        own_share: float = 0.0,
     ) -> None:
+        self.own, self.n_own = own, round(own_share * config.batch) if own else 0
         self.config, self.run, self.stage, self.start, self.reward = config, run, stage, start, reward
         self.tokenizer = Tokenizer.load(start)
         self.chat = ChatFormat(self.tokenizer)
         self.labeller = SimulatedLabeller(run.seed)
         self.ppo = PPO(
-            load_model(start), load_model(start), load_reward(reward), ValueModel(load_reward(reward)), config.ppo,
-            pad_id=self.tokenizer.pad, end_id=self.tokenizer.im_end, reward_mean=mean, reward_std=std, dtype=dtype,
+            load_model(start),
+            load_model(start),
+            load_reward(reward),
+            ValueModel(load_reward(reward)),
+            config.ppo,
+            pad_id=self.tokenizer.pad,
+            end_id=self.tokenizer.im_end,
+            reward_mean=mean,
+            reward_std=std,
+            dtype=dtype,
         )
         self.engine = Engine(self.ppo.policy, max_batch=config.batch)
         self.session = Session(self.engine, self.chat, Toolbox())
@@ -100,7 +124,7 @@ class PolicyTraining:
             first = saved[0]
             self._load(saved[1])
             self.ppo.kl_coefficient = saved[2]["kl_coefficient"]
-            self.stage.truncate_metrics(first)
+        self.stage.truncate_metrics(first if first else -1)
         last_save = time.monotonic()
         stopped = ""
         for i in range(first, iterations):
@@ -115,20 +139,26 @@ class PolicyTraining:
 
     def _iterate(self, i: int, iterations: int) -> float:
         """One batch of rollouts and its updates; returns the KL before them."""
-        asked = prompts(self.run.seed, self.config.batch, self.config.prompts, "train", 50_000 + i * self.config.batch)
-        turns = self._answer(asked, self.run.seed * 1_000_003 + 7 * i)
+        start = 50_000 + i * self.config.batch
+        asked = prompts(self.run.seed, self.config.batch - self.n_own, self.config.prompts, "train", start)
+        turns = self._answer(asked, self.run.seed * 1_000_003 + 7 * i, self._drawn(i))
         experience, watched = self.ppo.experience(turns)
         if watched["kl"] <= self.config.max_kl:
             factor = warmup_stable_decay(i, iterations, warmup=2, decay_share=0.5, floor=0.1)
             order = torch.Generator().manual_seed(self.run.seed * 1_000_003 + i)
             watched |= self.ppo.update(experience, order, factor, watched["kl"])
+        turns = turns[: len(asked)]
         self.stage.log(i + 1, **watched, true_score=fmean(self._true_scores(asked, turns)), **_shares(asked, turns))
         return watched["kl"]
 
-    def _answer(self, asked: Sequence[Problem], seed: int) -> list[Turn]:
+    def _drawn(self, i: int) -> list[Conversation]:
+        """The prompts of people's in batch `i`."""
+        return random.Random(f"own prompts {self.run.seed} {i}").choices(self.own, k=self.n_own) if self.n_own else []
+
+    def _answer(self, asked: Sequence[Problem], seed: int, own: Sequence[Conversation] = ()) -> list[Turn]:
         self.engine.refresh()
         params = SamplingParams(max_tokens=self.config.max_tokens, temperature=self.config.temperature, seed=seed)
-        return self.session.converse([conversation(p) for p in asked], params)
+        return self.session.converse([*map(conversation, asked), *own], params)
 
     def _true_scores(self, asked: Sequence[Problem], turns: Sequence[Turn]) -> list[float]:
         return [self.labeller.score(p, t.messages) for p, t in zip(asked, turns, strict=True)]
@@ -138,8 +168,14 @@ class PolicyTraining:
         turns = self._answer(held_out, self.run.seed * 1_000_003 - 1)
         _, watched = self.ppo.experience(turns)
         scores = self._true_scores(held_out, turns)
-        return {"scores": scores, "kl": watched["kl"], "entropy": watched["entropy"], "length": watched["length"],
-                "proxy_reward": watched["proxy_reward"], **_shares(held_out, turns)}
+        return {
+            "scores": scores,
+            "kl": watched["kl"],
+            "entropy": watched["entropy"],
+            "length": watched["length"],
+            "proxy_reward": watched["proxy_reward"],
+            **_shares(held_out, turns),
+        }
 
     def _affordable(self) -> int:
         """Iterations that the budget allows, from one measured iteration whose learning rates are zero."""
@@ -149,8 +185,8 @@ class PolicyTraining:
         tensors = {n: t.clone() for n, t in self._tensors().items()}
         coefficient = self.ppo.kl_coefficient
         start = time.perf_counter()
-        asked = prompts(self.run.seed, self.config.batch, self.config.prompts, "train", 49_000)
-        experience, watched = self.ppo.experience(self._answer(asked, 0))
+        asked = prompts(self.run.seed, self.config.batch - self.n_own, self.config.prompts, "train", 49_000)
+        experience, watched = self.ppo.experience(self._answer(asked, 0, self._drawn(-1)))
         self.ppo.update(experience, torch.Generator().manual_seed(0), 0.0, watched["kl"])
         seconds = time.perf_counter() - start
         self._load(tensors)
@@ -185,8 +221,13 @@ class PolicyTraining:
         }
         policy: GPT = self.ppo.policy
         save_checkpoint(
-            self.stage.checkpoint, policy, tokenizer=self.tokenizer, stage="rl", run=self.run.root.name,
-            parents=[self.start, self.reward], metrics={"true_score": result["true_rl"], "kl": result["kl"]},
+            self.stage.checkpoint,
+            policy,
+            tokenizer=self.tokenizer,
+            stage="rl",
+            run=self.run.root.name,
+            parents=[self.start, self.reward],
+            metrics={"true_score": result["true_rl"], "kl": result["kl"]},
         )
         TrainState(self.stage.resume_dir).clear()
         self.stage.finish(result)
@@ -196,4 +237,4 @@ class PolicyTraining:
 def _shares(asked: Sequence[Problem], turns: Sequence[Turn]) -> dict[str, float]:
     """In what manner plain sums were answered."""
     manners = [manner_of(t.messages) for p, t in zip(asked, turns, strict=True) if p.skill == ARITHMETIC[0]]
-    return {f"share_{m}": manners.count(m) / max(1, len(manners)) for m in MANNERS}
+    return {f"share_{m}": sum(m == made for made in manners) / max(1, len(manners)) for m in MANNERS}

@@ -122,6 +122,11 @@ class _Finetuning:
             counts["truncated"] += packed.truncated
             return [_batch(packed)]
 
+        def resume(step: int) -> None:
+            self.stage.truncate_metrics(step)
+            for line in self.stage.metrics()[-1:]:  # what the steps before had packed
+                counts.update({name: int(line[name]) for name in counts})
+
         def log(step: int, metrics: dict[str, float]) -> None:
             at = {round(x * steps / 8) for x in range(9)}
             extra = {"val_loss": self._validate(model, held_out)} if step in at else {}
@@ -137,7 +142,7 @@ class _Finetuning:
                 step, steps, warmup=self.config.warmup, decay_share=self.config.decay_share
             ),
             state=TrainState(self.stage.resume_dir),
-            on_resume=self.stage.truncate_metrics,
+            on_resume=resume,
             callbacks=(log,),
         )
         return self._finish(model, steps)
@@ -180,8 +185,13 @@ class _Finetuning:
             "examples": [self._example(i) for i in range(4)],
         }
         save_checkpoint(
-            self.stage.checkpoint, model, tokenizer=self.tokenizer, stage="sft", run=self.run.root.name,
-            parents=[self.base], metrics={"val_loss": last["val_loss"]},
+            self.stage.checkpoint,
+            model,
+            tokenizer=self.tokenizer,
+            stage="sft",
+            run=self.run.root.name,
+            parents=[self.base],
+            metrics={"val_loss": last["val_loss"]},
         )
         TrainState(self.stage.resume_dir).clear()
         self.stage.finish(result)

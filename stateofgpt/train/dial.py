@@ -23,11 +23,12 @@ SHAPES = ((128, 4), (192, 5), (256, 6), (320, 7), (384, 8), (512, 8), (640, 10),
 COMPILE_GAIN = 1.6  # compiled against eager steps, measured at widths 192-256 on two AMX cores
 COMPILE_SECONDS = 40.0
 HEAD_DIM = 64
+DTYPES: tuple[Dtype, Dtype] = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to train: a shape, a precision, and whether to compile, with the rates that led to it (tokens per second)."""
+    """What to train: a shape, a precision, and whether to compile, with the rates (tokens per second) behind it."""
 
     config: GPTConfig
     dtype: Dtype
@@ -66,7 +67,7 @@ def timed_steps(loss: Callable[[], torch.Tensor], model: torch.nn.Module, repeat
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()
         times.append(time.perf_counter() - start)
         for p in model.parameters():
             p.grad = None
@@ -76,8 +77,8 @@ def timed_steps(loss: Callable[[], torch.Tensor], model: torch.nn.Module, repeat
 def choose_dtype(vocab_size: int, context: int) -> Dtype:
     """bfloat16 where it is faster on this machine, else float32; a trial on a small model."""
     trial = shape(192, 2, vocab_size, context)
-    rates = {d: measure_rate(trial, d, rows=8, context=context) for d in ("float32", "bfloat16")}  # type: ignore[arg-type]
-    return "bfloat16" if rates["bfloat16"] > rates["float32"] else "float32"
+    slow, fast = (measure_rate(trial, dtype, rows=8, context=context) for dtype in DTYPES)
+    return DTYPES[fast > slow]
 
 
 def can_compile() -> bool:

@@ -1,7 +1,8 @@
 """The training loop: steps, accumulation, clipping, saving and exact resumption.
 
 Owns what happens between two optimizer steps. Knows no stage: batches, losses and what to do along the way come as
-functions. The order of data is a function of the step alone, so that a resumed run repeats an undisturbed one bit for bit.
+functions. The order of data is a function of the step alone, so that a resumed run repeats an undisturbed one bit for
+bit.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Trainer:
         total = 0.0
         for batch in batches:
             value = loss(self.model, batch) / total_weight
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             total += value.item()
         norm = self.clip_gradients()
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -99,14 +100,15 @@ def fit(
 ) -> None:
     """Train from the newest saved state up to `steps`; save every `save_every_s` seconds and at the end.
 
-    `on_resume(step)` is told the number of finished steps when there was a state to continue from. Each of `callbacks`
-    gets (finished steps, metrics of the last one) after every step, and with (0, {}) before the first.
+    `on_resume(step)` is told the number of finished steps of that state, or -1 when there is none: what an earlier
+    attempt logged beyond it will be logged again. Each of `callbacks` gets (finished steps, metrics of the last one)
+    after every step, and (0, {}) before the first.
     """
     start = 0
     if (saved := state.latest()) is not None:
         start = saved[0]
         trainer.load(saved[1])
-        on_resume(start)
+    on_resume(start if start else -1)
     callbacks = tuple(callbacks)
     if start == 0:
         for callback in callbacks:

@@ -15,7 +15,7 @@ def warmup_stable_decay(step: int, steps: int, *, warmup: int, decay_share: floa
         raise ConfigError(f"a schedule needs steps >= 1 and 0 <= decay_share <= 1, got {steps} and {decay_share}")
     rise = min(1.0, (step + 1) / max(1, warmup))
     decay_steps = max(1, round(steps * decay_share))
-    fall = min(1.0, (steps - step) / decay_steps)
+    fall = max(0.0, min(1.0, (steps - step) / decay_steps))
     return floor + (1.0 - floor) * min(rise, fall)
 
 

@@ -134,7 +134,7 @@ function bar(message, options, box) {
     row.append(
       button("up", "Good answer", () => thumb(message, "up", box), { className: "up", "aria-pressed": String(message.rating === "up") }),
       button("down", "Bad answer", () => thumb(message, "down", box), { className: "down", "aria-pressed": String(message.rating === "down") }),
-      button("pen", "Correct this answer", () => form(message, box, true)));
+      button("pen", "Correct this answer", () => form(message, box, true).querySelector("textarea").focus()));
   }
   row.append(
     button("copy", "Copy", () => navigator.clipboard.writeText(message.text).then(() => say("Copied."), () => say("The browser did not allow copying."))),
@@ -181,10 +181,13 @@ async function showModel() {
     $("lineage").replaceChildren(...model.lineage.map((stage) => make("li", {}, stage)));
     const { up, down, corrections, comparisons } = model.feedback;
     const several = (n, one) => `${n} ${one}${n === 1 ? "" : "s"}`;
+    const given = [up && `${up} up`, down && `${down} down`, corrections && several(corrections, "correction")];
+    const follow = nearEnd();
     $("learned").replaceChildren(
-      up + down + corrections === 0 ? "Your feedback is kept on this machine. "
-        : `${up} up, ${down} down, ${several(corrections, "correction")}: ${several(comparisons, "comparison")} so far. `,
-      make("code", {}, "sog improve"), " trains the next model from it.");
+      up + down + corrections === 0 ? "Your thumbs and corrections are kept on this machine. "
+        : `${given.filter(Boolean).join(", ")}: ${several(comparisons, "comparison")} so far. `,
+      make("code", {}, "sog improve"), " trains the next model from them.");
+    if (follow) toEnd();
   } catch { /* the counts are a nicety */ }
 }
 
@@ -324,6 +327,7 @@ function form(message, box, correcting) {
   panel.addEventListener("keydown", (event) => { if (event.key === "Escape") { event.stopPropagation(); panel.remove(); } });
   box.append(panel);
   panel.scrollIntoView({ block: "nearest" });
+  return panel;
 }
 
 // -- the page --------------------------------------------------------------------------------------------------------
@@ -345,9 +349,15 @@ async function open(id) {
       if (error.status !== 404) say(error.message);
     }
   }
+  follow(messages[messages.length - 1]);
   remember();
   draw();
   toEnd();
+}
+
+// Show the branch that `message` is on.
+function follow(message) {
+  for (let at = message; at; at = messages.find((other) => other.id === at.parent)) chosen[at.parent] = at.id;
 }
 
 function grow() {
