@@ -266,8 +266,9 @@ def _logprobs(options: argparse.Namespace) -> None:
     from stateofgpt.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder)
+    engine = Engine(load_model(folder))
     ids = tokenizer.encode(options.text)
-    scores = Engine(load_model(folder)).score([ids])[0] if len(ids) > 1 else []
+    scores = engine.score([ids])[0] if len(ids) > 1 else []
     print(json.dumps({"ids": ids, "tokens": [tokenizer.token_str(token) for token in ids], "logprobs": scores}))
 
 

@@ -23,11 +23,6 @@ from stateofgpt.data.preferences import Comparison, Rating, StoredMessage, Verdi
 from stateofgpt.errors import FeedbackError
 from stateofgpt.text.chat import Conversation, message_from_json, message_to_json
 
-__all__ = [
-    "Comparison", "Counts", "FeedbackConflict", "FeedbackRefused", "FeedbackStore", "StoredMessage", "Thread",
-    "UnknownMessage", "Verdict",
-]  # fmt: skip
-
 SCHEMA_VERSION = 1
 MAX_REASON_CHARS = 2_000
 MAX_CORRECTION_CHARS = 16_000

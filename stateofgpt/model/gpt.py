@@ -9,6 +9,7 @@ grouped-query attention (2305.13245), QK-norm (2302.05442) as placed in Qwen3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,10 +167,21 @@ class Trunk(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        return self.run(self.embed_tokens(ids), mask, positions)
+        out: Tensor = self.norm(self.run(self.embed_tokens(ids), mask, positions))
+        return out
 
-    def run(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Everything after the embedding: [B, T, C] -> [B, T, C]. `positions` [B, T] replace 0, 1, 2 ..."""
+    def run(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        run_block: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None,
+    ) -> Tensor:
+        """Everything after the embedding but the final norm: [B, T, C] -> [B, T, C].
+
+        `positions` [B, T] replace 0, 1, 2 ...; `run_block` (block, x, cos, sin, mask) replaces the plain call of a
+        block.
+        """
         T = x.shape[1]
         if self.cos.shape[0] < T:
             raise ConfigError(f"{T} tokens do not fit a context of {self.cos.shape[0]}")
@@ -180,9 +192,8 @@ class Trunk(nn.Module):
         else:  # [B, 1, T, D]
             cos, sin = self.cos[positions][:, None].to(x.dtype), self.sin[positions][:, None].to(x.dtype)
         for block in self.layers:
-            x = block(x, cos, sin, mask)
-        out: Tensor = self.norm(x)
-        return out
+            x = block(x, cos, sin, mask) if run_block is None else run_block(block, x, cos, sin, mask)
+        return x
 
 
 class GPT(nn.Module):

@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from stateofgpt.config import to_dict
+from stateofgpt.data.comparisons import read_rankings
+from stateofgpt.data.demonstrations import read_demonstrations
 from stateofgpt.errors import RunError
 from stateofgpt.recipes.recipe import Recipe
 from stateofgpt.recipes.summary import write_summary
@@ -41,6 +43,8 @@ def execute(recipe: Recipe, out: Path, only: str | None = None) -> None:
     began = time.monotonic() - _age_of_process()
     console = Console(highlight=False)
     with Run.open(out, recipe.name, to_dict(recipe), recipe.seed) as run:
+        if only is None:
+            _check_own_files(recipe, run)
         for name in STAGES if only is None else (only,):
             _require_earlier(run, name)
             stage = run.stage(name)
@@ -55,6 +59,16 @@ def execute(recipe: Recipe, out: Path, only: str | None = None) -> None:
             report = build(run.root)
             write_summary(recipe, run, time.monotonic() - began)
             console.print(f"\nreport    {report}\nchat      sog chat {out}:rl\npage      sog serve {out}:rl")
+
+
+def _check_own_files(recipe: Recipe, run: Run) -> None:
+    """Read the user's demonstrations and rankings now: a mistake in them must not show after minutes of training."""
+    done = {stage.name for stage in run.stages() if stage.done}
+    if "sft" not in done:
+        for file in recipe.sft.files:
+            read_demonstrations(Path(file))
+    if "reward" not in done and recipe.reward.rankings is not None:
+        read_rankings(recipe.reward.rankings)
 
 
 def _age_of_process() -> float:

@@ -11,9 +11,7 @@ from typing import Any
 SIDES = (("before", "after"), ("after", "before"))
 
 
-def measured(
-    held_out: int, reward: dict[str, Any], policy: dict[str, Any], battles: dict[str, Any]
-) -> dict[str, Any]:
+def measured(held_out: int, reward: dict[str, Any], policy: dict[str, Any], battles: dict[str, Any]) -> dict[str, Any]:
     """The numbers of the round, in pairs [before, after]; `held_out` counts the comparisons kept for measuring."""
     return {
         "held_out": held_out,

@@ -105,7 +105,9 @@ class _Evaluation:
             else:
                 skills[name], answers[name] = self._skills(model, scale)
             diversity[name] = self._names(name, model)
-        questions = list(next(iter(answers.values())))
+        questions = list(answers["sft"])
+        if "base" in models:
+            answers = {"base": self._tricked(models["base"], questions), **answers}
         examples = [{"question": q, "answers": {name: told[q] for name, told in answers.items()}} for q in questions]
         return {"skills": skills, "base_tricks": tricks, "diversity": diversity, "examples": examples, "scale": scale}
 
@@ -162,6 +164,12 @@ class _Evaluation:
         for way in ways:
             out[way] = {s: score_suite(ps, [next(told) for _ in ps]) for s, ps in asked.items()}
         return out
+
+    def _tricked(self, model: GPT, questions: Sequence[str]) -> dict[str, str]:
+        """What the base model says to questions inside a fake transcript."""
+        texts = [fake_transcript_prompt(Problem("", question, "", "")) for question in questions]
+        told = complete_plainly(model, self.tokenizer, texts, temperature=0.0)
+        return {question: written(answer) for question, answer in zip(questions, told, strict=True)}
 
     # ---- entropy and names ----------------------------------------------------------------------------------------
 

@@ -62,7 +62,9 @@ def gather(run: Run, fewest: int) -> list[Comparison]:
     if run.feedback_path.exists():
         with FeedbackStore(run.feedback_path) as store:
             found, counts = store.comparisons(), store.counts()
-        said = f"from {counts.up} thumbs up, {counts.down} down and {counts.corrections} corrections"
+        said = (
+            f"{counts.up} thumbs up, {counts.down} down, {counts.corrections} corrections; answers to one question pair"
+        )
     if len(found) < fewest:
         raise FeedbackError(
             f"the feedback on {run.root} holds {len(found)} distinct comparisons ({said}) and an improvement needs "

@@ -74,6 +74,12 @@ class Config:
     rl: rl.Config | None = None
     arena: arena.Config | None = None
 
+    def __post_init__(self) -> None:
+        if self.fewest < 1 or self.epochs < 1 or self.replay < 0:
+            raise ConfigError("improving needs fewest and epochs of at least 1, and a replay of at least 0")
+        if not 0.0 <= self.own_share <= 0.9:
+            raise ConfigError(f"improve.own_share is {self.own_share}, it must be between 0 and 0.9")
+
 
 def improve(run_dir: Path, *, minutes: float | None, seed: int, config: Config | None = None) -> Path:
     """Train the next models on the feedback given to those of `run_dir`; returns the new run's folder.
@@ -142,7 +148,12 @@ def _folder(old: Path, asked: dict[str, Any], seed: int) -> Path:
 
 class _Round:
     def __init__(
-        self, config: Config, run: Run, old: Run, models: tuple[Path, Path], comparisons: Sequence[Comparison],
+        self,
+        config: Config,
+        run: Run,
+        old: Run,
+        models: tuple[Path, Path],
+        comparisons: Sequence[Comparison],
         console: Console,
     ) -> None:
         self.config, self.run, self.old, self.console = config, run, old, console
@@ -203,14 +214,19 @@ class _Round:
                 "steps": steps,
                 "pair_accuracy": right / max(1, n),
                 "n": n,
-                **usual_score(model, self.chat, train[-64:]),
+                **usual_score(model, self.chat, [*train[:32], *train[-32:]]),
                 "simulated": False,
                 "before": before,
                 "after": after,
             }
             save_checkpoint(
-                stage.checkpoint, model, tokenizer=self.tokenizer, stage="reward", run=self.run.root.name,
-                parents=[self.old_reward], metrics={"pair_accuracy": result["pair_accuracy"]},
+                stage.checkpoint,
+                model,
+                tokenizer=self.tokenizer,
+                stage="reward",
+                run=self.run.root.name,
+                parents=[self.old_reward],
+                metrics={"pair_accuracy": result["pair_accuracy"]},
             )
             TrainState(stage.resume_dir).clear()
             stage.finish(result)
@@ -252,8 +268,16 @@ class _Round:
                 config = replace(config, iterations=None, seconds=left["seconds"])
             own = self._askable([*self.set.train, *self.set.earlier])
             return rl.PolicyTraining(
-                config, self.run, stage, self.policy, self.run.stage("reward").checkpoint, self.dtype,
-                reward["mean"], reward["std"], own, self.config.own_share,
+                config,
+                self.run,
+                stage,
+                self.policy,
+                self.run.stage("reward").checkpoint,
+                self.dtype,
+                reward["mean"],
+                reward["std"],
+                own,
+                self.config.own_share,
             ).work()
 
     def _askable(self, rankings: Sequence[Ranking]) -> list[Conversation]:
@@ -304,16 +328,19 @@ class _Round:
     def _summary(self, reward: dict[str, Any], policy: dict[str, Any], battles: dict[str, Any], result: Any) -> None:
         seconds = {stage.name: round(stage.seconds(), 2) for stage in self.run.stages()}
         names = ("true_sft", "true_rl", "p_value", "kl", "entropy_sft", "entropy_rl", "stopped")
-        write_json(self.run.summary_path, {
-            "recipe": RECIPE,
-            "seed": self.run.seed,
-            "minutes_asked": self.config.minutes,
-            "wall_seconds": {"total": round(sum(seconds.values()), 2), **seconds},
-            "reward": {key: reward[key] for key in ("pair_accuracy", "n")},
-            "rl": {key: policy[key] for key in names},
-            "arena": battles["leaderboard"],
-            "improve": result,
-        })
+        write_json(
+            self.run.summary_path,
+            {
+                "recipe": RECIPE,
+                "seed": self.run.seed,
+                "minutes_asked": self.config.minutes,
+                "wall_seconds": {"total": round(sum(seconds.values()), 2), **seconds},
+                "reward": {key: reward[key] for key in ("pair_accuracy", "n")},
+                "rl": {key: policy[key] for key in names},
+                "arena": battles["leaderboard"],
+                "improve": result,
+            },
+        )
 
     def _say(self, what: str, text: str) -> None:
         self.console.print(f"[bold]{what:9}[/bold]", end=" ")

@@ -28,12 +28,13 @@ from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
-PROMPTS = (
-    "The king",
-    "Q: What is 12 + 7?\nA:",
-    "import os\n\ndef ",
+PROMPTS = (  # one for each kind of text in the default mixture
+    "Psalms 23\n\n1 The LORD is my",
+    "Iris: Hi! How are you doing today?\nJack:",
+    "forest:",
+    "import os\nimport sys\n\n\ndef ",
+    "Q: What is 127 + 58? Show your work.\nA:",
     "Names of creatures:",
-    "In the beginning",
 )
 
 

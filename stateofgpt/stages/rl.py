@@ -32,17 +32,19 @@ from stateofgpt.model.heads import ValueModel
 from stateofgpt.rl.labeller import SimulatedLabeller
 from stateofgpt.rl.ppo import PPO, PPOConfig
 from stateofgpt.run import Run, Stage
+from stateofgpt.stages.transcript import written
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
 MANNERS = ("direct", "steps", "tool")
+SHOWN = 2  # rollouts of every iteration that are kept to read
 
 
 @dataclass(frozen=True)
 class Config:
-    """Give `seconds` or `iterations`. `max_kl` (nats per answer) ends the run early at the last good policy."""
+    """Give `seconds` or `iterations`. `max_kl` (nats per answer): beyond it no update is made and the run ends."""
 
     seconds: float | None = None
     iterations: int | None = None
@@ -148,7 +150,10 @@ class PolicyTraining:
             order = torch.Generator().manual_seed(self.run.seed * 1_000_003 + i)
             watched |= self.ppo.update(experience, order, factor, watched["kl"])
         turns = turns[: len(asked)]
-        self.stage.log(i + 1, **watched, true_score=fmean(self._true_scores(asked, turns)), **_shares(asked, turns))
+        scores = self._true_scores(asked, turns)
+        self.stage.log(i + 1, **watched, true_score=fmean(scores), **_shares(asked, turns))
+        for problem, turn, score in list(zip(asked, turns, scores, strict=True))[:SHOWN]:
+            self.stage.sample(i + 1, prompt=problem.question, text=written(turn.messages), true_score=score)
         return watched["kl"]
 
     def _drawn(self, i: int) -> list[Conversation]:

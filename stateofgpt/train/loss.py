@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stateofgpt.model.gpt import GPT
 
@@ -41,23 +41,31 @@ class Batch:
 class LanguageModelLoss:
     """`loss(model, batch) -> summed loss in nats`, in one precision, compiled or not.
 
-    The embedding look-up stays outside the compiled part: its gradient is a scatter, which the compiler would turn into
-    atomic adds whose order, and so whose rounding, differs from run to run.
+    What is compiled is one block, whose code then serves all of them, and the head with its loss: a third of the time
+    it takes to compile the whole. The embedding look-up stays outside: its gradient is a scatter, which the compiler
+    would turn into atomic adds whose order, and so whose rounding, differs from run to run.
     """
 
     def __init__(self, dtype: Dtype = "float32", compiled: bool = False) -> None:
         self.dtype: Dtype = dtype
         self.compiled = compiled
-        self._after_embedding = torch.compile(_after_embedding, dynamic=False) if compiled else _after_embedding
+        self._block = torch.compile(_block, dynamic=False) if compiled else _block
+        self._head = torch.compile(_head, dynamic=False) if compiled else _head
 
     def __call__(self, model: GPT, batch: Batch) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            embedded = model.model.embed_tokens(batch.ids)
-            out: Tensor = self._after_embedding(model, embedded, batch.targets, batch.weights)
+            trunk = model.model
+            x = trunk.run(trunk.embed_tokens(batch.ids), run_block=self._block)
+            out: Tensor = self._head(trunk.norm, model.lm_head.weight, x, batch.targets, batch.weights)
         return out
 
 
-def _after_embedding(model: GPT, embedded: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    logits = model.lm_head(model.model.run(embedded))
+def _block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    out: Tensor = block(x, cos, sin, mask)
+    return out
+
+
+def _head(norm: nn.Module, weight: Tensor, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    logits = F.linear(norm(x), weight)
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
     return (losses * weights.flatten()).sum()

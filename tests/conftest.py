@@ -1,0 +1,18 @@
+"""What several test files share: one finished debug run, made through the command line the first time it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from command import sog
+
+
+@pytest.fixture(scope="session")
+def debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished `sog run debug`. Look, do not touch: copy it to change it."""
+    run = tmp_path_factory.mktemp("finished") / "runs" / "debug"
+    made = sog("run", "debug", "--out", run)
+    assert made.returncode == 0, made.stderr
+    return run

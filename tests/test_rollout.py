@@ -1,0 +1,159 @@
+"""Rollouts: every tensor entry belongs to the token it is said to belong to, tools and padding or not."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+import pytest
+import torch
+
+from stateofgpt.assistant.session import Session, Turn
+from stateofgpt.assistant.tools import Toolbox
+from stateofgpt.infer.engine import Engine, Event, SamplingParams
+from stateofgpt.infer.score import score
+from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.model.heads import ValueModel
+from stateofgpt.rl.rollout import Rollouts, policy_logprobs, rollouts_of, values
+from stateofgpt.text.chat import ChatFormat, Message, ToolCall
+from stateofgpt.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.train(iter(["What is 12 + 30? calculator expression arguments name tool user"] * 20), 300)
+CHAT = ChatFormat(TOKENIZER)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def small_model(seed: int = 0) -> GPT:
+    model = GPT(GPTConfig(
+        vocab_size=320, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=12, intermediate_size=32, max_position_embeddings=250,
+    ))  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(mean=1.0 if p.ndim == 1 else 0.0, std=0.25, generator=g)
+    return model
+
+
+class Scripted:
+    """A source of tokens that says what it is told to: so tools are called when a test wants them to be."""
+
+    max_context = 250
+
+    def __init__(self, script: list[int]) -> None:
+        self.script, self.live = deque(script), False
+
+    def add(self, prompt: Sequence[int], params: SamplingParams, *, hold: bool = False) -> int:
+        self.live = True
+        return 0
+
+    def extend(self, request: int, ids: Sequence[int]) -> None:
+        self.live = True
+
+    def cancel(self, request: int) -> None:
+        self.live = False
+
+    def events(self, requests: Iterable[int]) -> Iterator[Event]:
+        while self.live:
+            token = self.script.popleft()
+            self.live = token != TOKENIZER.im_end
+            yield Event(0, token, -1.0, None if self.live else "stop")
+
+
+def tool_turn() -> tuple[Turn, list[int]]:
+    """A turn with two tool calls, and the ids its model drew, in order."""
+    drawn: list[int] = []
+    for message in (
+        Message("assistant", "Let me see.", (ToolCall("calculator", {"expression": "12 + 30"}),)),
+        Message("assistant", "", (ToolCall("calculator", {"expression": "42 * 2"}),)),
+        Message("assistant", "It is 84."),
+    ):
+        rendered = CHAT.render((message,))
+        drawn += [i for i, learned in zip(rendered.ids, rendered.loss_mask, strict=True) if learned]
+    session = Session(Scripted(drawn), CHAT, Toolbox())
+    return session.converse([(Message("user", "What is 12 + 30, twice?"),)])[0], drawn
+
+
+def plain_turns(model: GPT, n: int = 5) -> list[Turn]:
+    session = Session(Engine(model, max_batch=8), CHAT, None)
+    asked = [(Message("user", "What is " + "12 + " * i + "30?"),) for i in range(n)]
+    return session.converse(asked, SamplingParams(max_tokens=17, seed=3))
+
+
+def test_masked_targets_are_what_the_model_drew_and_nothing_else() -> None:
+    turn, drawn = tool_turn()
+    assert [m.role for m in turn.messages] == ["assistant", "tool", "assistant", "tool", "assistant"]
+    others = plain_turns(small_model())
+    rollouts = rollouts_of([*others, turn], TOKENIZER.pad)
+    for row, t in enumerate([*others, turn]):
+        found = rollouts.targets[row][rollouts.mask[row] > 0].tolist()
+        assert found == [i for i, m in zip(t.ids, t.mask, strict=True) if m]
+        whole = [*t.prompt_ids, *t.ids]
+        assert rollouts.ids[row].tolist() == whole + [TOKENIZER.pad] * (rollouts.ids.shape[1] - len(whole))
+    assert found == drawn
+    assert rollouts.mask.shape == rollouts.inputs.shape == rollouts.targets.shape
+
+
+def test_the_mask_is_that_of_the_rendered_conversation() -> None:
+    turn, _ = tool_turn()
+    rendered = CHAT.render((Message("user", "What is 12 + 30, twice?"), *turn.messages))
+    rollouts = rollouts_of([turn], TOKENIZER.pad)
+    length = len(turn.prompt_ids) + len(turn.ids)
+    assert rendered.ids[:length] == rollouts.ids[0, :length].tolist()
+    assert rendered.loss_mask[1:length] == rollouts.mask[0, : length - 1].long().tolist()
+    assert not rollouts.mask[0, length - 1 :].any()
+
+
+def test_log_probabilities_are_those_the_engine_drew_with() -> None:
+    """Off by one anywhere and this fails: engine and trainer compute the same numbers by different code."""
+    model = small_model()
+    turns = plain_turns(model)
+    rollouts = rollouts_of(turns, TOKENIZER.pad)
+    logprobs, entropy = policy_logprobs(model, rollouts, "float32")
+    for row, turn in enumerate(turns):
+        at = rollouts.mask[row] > 0
+        assert logprobs[row][at].tolist() == pytest.approx(turn.logprobs, abs=1e-4)
+        scored = score(model, [[*turn.prompt_ids, *turn.ids]])[0]
+        assert logprobs[row, : len(scored)].tolist() == pytest.approx(scored, abs=1e-4)
+    assert (entropy >= 0).all() and (entropy <= math.log(320) + 1e-4).all()
+
+
+def test_values_are_of_the_state_before_the_token() -> None:
+    model = ValueModel(small_model())
+    rollouts = rollouts_of([tool_turn()[0], *plain_turns(small_model())], TOKENIZER.pad)
+    found = values(model, rollouts, "float32")
+    for row, t in ((0, 20), (0, 55), (3, 24)):
+        alone = model(rollouts.ids[row : row + 1, : t + 1])[0, -1]
+        assert found[row, t].item() == pytest.approx(alone.item(), abs=1e-4)
+
+
+def test_some_rows_are_those_rows_without_their_common_padding() -> None:
+    model = small_model()
+    turns = [tool_turn()[0], *plain_turns(model)]
+    rollouts = rollouts_of(turns, TOKENIZER.pad)
+    part = rollouts.rows(torch.tensor([3, 1]))
+    longest = max(len(turns[i].prompt_ids) + len(turns[i].ids) for i in (3, 1))
+    assert part.ids.shape == (2, longest) and part.mask.shape == (2, longest - 1)
+    assert part.mask.sum() == rollouts.mask[[3, 1]].sum()
+    whole, _ = policy_logprobs(model, rollouts, "float32")
+    trimmed, _ = policy_logprobs(model, part, "float32")
+    assert torch.allclose(trimmed, whole[[3, 1], : longest - 1], atol=1e-4)
+
+
+def test_rows_in_which_nothing_was_drawn_do_no_harm() -> None:
+    none = Rollouts(torch.tensor([[5, 6, 7, 3], [8, 9, 3, 3]]), torch.zeros(2, 3))
+    part = none.rows(torch.tensor([1]))
+    assert part.ids.shape == (1, 2) and not part.mask.any()
+    assert policy_logprobs(small_model(), part, "float32")[0].isfinite().all()
+
+
+def test_bfloat16_is_near() -> None:
+    model = small_model()
+    rollouts = rollouts_of(plain_turns(model, 2), TOKENIZER.pad)
+    exact, near = (policy_logprobs(model, rollouts, d)[0] for d in ("float32", "bfloat16"))  # type: ignore[arg-type]
+    assert near.dtype == torch.float32 and (exact - near).abs()[rollouts.mask > 0].mean() < 0.1
