@@ -1,11 +1,10 @@
-"""What several test files share: one finished debug run, made through the command line the first time it is asked for."""
+"""What several test files share: one finished debug run, made through the command line when first asked for."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-
 from command import sog
 
 

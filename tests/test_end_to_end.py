@@ -312,7 +312,7 @@ def held_out(recipe: Recipe, seed: int) -> list[Problem]:
 
 def sums(text: str) -> set[str]:
     """The keys of the sums of two numbers, one of them of several digits, that stand in a text as a question would."""
-    found = re.findall(r"(?<![\d.,+*/\-] )(?<![\d.,])(\d+) ?([-+*/]) ?(\d+)(?![\d.,]| ?[-+*/])", text)
+    found = re.findall(r"(?<![\d.,+*/\-] )(?<![\d.,])(\d+) ?([-+*/]) ?(\d+)(?!\d|[.,]\d| ?[-+*/])", text)
     return {expression_key(int(a), op, int(b)) for a, op, b in found if max(int(a), int(b)) >= 10}
 
 
@@ -332,9 +332,7 @@ def test_what_is_measured_was_never_trained_on(debug_run: Path) -> None:
     taught = [demonstration(0, step * 100_000 + i) for step in range(n) for i in range(40)]
     learned = [message.content for conversation in taught for message in conversation if message.role == "user"]
     documents = [
-        text
-        for path in sorted((debug_run / "collect").glob("skills.*.jsonl"))
-        for text in read_documents(path)
+        text for path in sorted((debug_run / "collect").glob("skills.*.jsonl")) for text in read_documents(path)
     ]
     assert len(set().union(*map(sums, documents))) > 500 and len(set().union(*map(sums, learned))) > 500
     for text in (*learned, *documents):

@@ -21,17 +21,30 @@ from stateofgpt.run import STAGES
 
 pytestmark = pytest.mark.slow
 
-SMALL = """
-    --pretrain.steps 12 --pretrain.sample_tokens 8 --sft.steps 10 --reward.n_prompts 24 --reward.held_out_prompts 8
-    --reward.max_tokens 24 --rl.batch 8 --rl.held_out_prompts 8 --rl.max_tokens 24 --eval.key 4 --eval.max_tokens 24
-    --arena.prompts 8 --arena.max_tokens 24 --pretrain.loop.save_every_s 0 --sft.loop.save_every_s 0
-    --reward.training.loop.save_every_s 0 --rl.save_every_s 0
-""".split()
+SMALL = {
+    "pretrain.steps": 12,
+    "pretrain.sample_tokens": 8,
+    "sft.steps": 10,
+    "reward.n_prompts": 24,
+    "reward.held_out_prompts": 8,
+    "reward.max_tokens": 24,
+    "rl.batch": 8,
+    "rl.held_out_prompts": 8,
+    "rl.max_tokens": 24,
+    "eval.key": 4,
+    "eval.max_tokens": 24,
+    "arena.prompts": 8,
+    "arena.max_tokens": 24,
+    "pretrain.loop.save_every_s": 0,
+    "sft.loop.save_every_s": 0,
+    "reward.training.loop.save_every_s": 0,
+    "rl.save_every_s": 0,
+}
 PATIENCE_S = 120.0
 
 
 def command(run: Path) -> list[object]:
-    return ["run", "debug", "--out", run, *SMALL]
+    return ["run", "debug", "--out", run, *(f"--{setting}={value}" for setting, value in SMALL.items())]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +183,7 @@ def test_killed_inside_one_save_after_another_it_still_ends_the_same(undisturbed
     assert_the_same(run, undisturbed)
 
 
-# ------------------------------------------------------------------------------------------------------ damage and disks
+# ----------------------------------------------------------------------------------------------------- damage and disks
 
 
 def finish(stage: str, run: Path, undisturbed: Path) -> str:

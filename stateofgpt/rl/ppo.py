@@ -51,8 +51,8 @@ class PPOConfig:
     value_clip: float = 0.2
     gamma: float = 1.0
     lam: float = 0.95
-    kl_coefficient: float = 0.04
-    kl_target: float | None = 12.0
+    kl_coefficient: float = 0.15
+    kl_target: float | None = None
     kl_gain: float = 1.0
     no_end_score: float = -2.0
     policy: LoopConfig = field(default_factory=lambda: _adam(1.5e-4))

@@ -27,6 +27,19 @@ def measured(held_out: int, reward: dict[str, Any], policy: dict[str, Any], batt
     }
 
 
+def summary(
+    seconds: dict[str, float], reward: dict[str, Any], policy: dict[str, Any], battles: dict[str, Any]
+) -> dict[str, Any]:
+    """What an improved run's `summary.json` has in common with any run's."""
+    names = ("true_sft", "true_rl", "p_value", "kl", "entropy_sft", "entropy_rl", "stopped")
+    return {
+        "wall_seconds": {"total": round(sum(seconds.values()), 2), **seconds},
+        "reward": {key: reward[key] for key in ("pair_accuracy", "n")},
+        "rl": {key: policy[key] for key in names},
+        "arena": battles["leaderboard"],
+    }
+
+
 def table(result: dict[str, Any]) -> str:
     """`measured` as lines of text, each number with who judged it and over what."""
     some = bool(result["held_out"])

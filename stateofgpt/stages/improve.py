@@ -49,6 +49,9 @@ RECIPE = "improve"
 SUFFIX = re.compile(r"-improved-\d+$")
 SHORTEST_S = 10.0
 REWARD_SHARE, BATTLES_SHARE = 0.25, 0.1  # of the time, at most; the rest is the policy's
+MEASURED_WHOLE_S = 300.0  # a shorter round asks fewer held-out prompts, in proportion, at least FEWEST_ASKED
+FEWEST_ASKED = 24
+LOOKED_AT = 16  # rankings that a look at the reward model in training takes: 100 of them took as long as 4 steps
 T = TypeVar("T")
 
 
@@ -176,7 +179,11 @@ class _Round:
         self._say("rl", ", ".join(filter(None, [f"KL {policy['kl']:.1f} nats from the old policy", policy["stopped"]])))
         battles = self._battles()
         result = compared.measured(len(self.set.held_out), reward, policy, battles)
-        self._summary(reward, policy, battles, {"models": {"before": names[0], "after": names[1]}, **counts, **result})
+        result |= {"models": {"before": names[0], "after": names[1]}, **counts}
+        seconds = {stage.name: round(stage.seconds(), 2) for stage in self.run.stages()}
+        about = {"recipe": RECIPE, "seed": self.run.seed, "minutes_asked": self.config.minutes}
+        stored = compared.summary(seconds, reward, policy, battles)
+        write_json(self.run.summary_path, {**about, **stored, "improve": result})
         root = self.run.root
         end = f"chat      sog chat {root}:rl\npage      sog serve {root}:rl\ntree      sog runs {root.parent}"
         self.console.print(f"\n{compared.table(result)}\n\n{end}", markup=False, soft_wrap=True)
@@ -192,6 +199,11 @@ class _Round:
             return None
         return max(SHORTEST_S, self.old.stage("reward").seconds() + self.old.stage("rl").seconds())
 
+    def _shortened(self, n: int) -> int:
+        """How many of `n` held-out prompts there is time for."""
+        share = 1.0 if self.seconds is None else min(1.0, self.seconds / MEASURED_WHOLE_S)
+        return min(n, max(FEWEST_ASKED, round(n * share)))
+
     # ---- the reward model -----------------------------------------------------------------------------------------
 
     def _reward(self) -> dict[str, Any]:
@@ -204,8 +216,8 @@ class _Round:
             train = self.set.mixed(self.run.seed, self.config.epochs, self.config.replay)
             order = step_order(len(train), self.run.seed, training.prompts_per_step)
             steps = stage.decide("steps", lambda: {"n": self._affordable(train, order)})["n"]
-            measured = self.set.held_out or self.set.replay_held_out or self.set.train
-            learn(model, self.chat, train, measured, order[:steps], stage, training, self.dtype)
+            watched = (self.set.held_out or self.set.replay_held_out or self.set.train)[:LOOKED_AT]
+            learn(model, self.chat, train, watched, order[:steps], stage, training, self.dtype)
             after = self._accuracies(model)
             right, n = after["replay_held_out" if self.set.replay_held_out else "comparisons"]
             result = {
@@ -265,7 +277,8 @@ class _Round:
             if (total := self.seconds) is not None:
                 spent = self.run.stage("reward").seconds()
                 left = stage.decide("budget", lambda: {"seconds": max(5.0, total * (1 - BATTLES_SHARE) - spent)})
-                config = replace(config, iterations=None, seconds=left["seconds"])
+                n = self._shortened(config.held_out_prompts)
+                config = replace(config, iterations=None, seconds=left["seconds"], held_out_prompts=n)
             own = self._askable([*self.set.train, *self.set.earlier])
             return rl.PolicyTraining(
                 config,
@@ -297,7 +310,7 @@ class _Round:
         with stage.timed():
             if (done := stage.result()) is not None:
                 return done
-            asked = prompts(seed, config.prompts, config.mixture, "heldout", 20_000)
+            asked = prompts(seed, self._shortened(config.prompts), config.mixture, "heldout", 20_000)
             own = self._askable(self.set.held_out or self.set.train)
             answers: dict[str, list[Conversation]] = {}
             for name, folder in (("before", self.policy), ("after", self.run.stage("rl").checkpoint)):
@@ -324,23 +337,6 @@ class _Round:
         return {**about, **(arena.battle(texts, answers, prefer, self.run.seed) if own else {"battles": 0})}
 
     # ---- telling --------------------------------------------------------------------------------------------------
-
-    def _summary(self, reward: dict[str, Any], policy: dict[str, Any], battles: dict[str, Any], result: Any) -> None:
-        seconds = {stage.name: round(stage.seconds(), 2) for stage in self.run.stages()}
-        names = ("true_sft", "true_rl", "p_value", "kl", "entropy_sft", "entropy_rl", "stopped")
-        write_json(
-            self.run.summary_path,
-            {
-                "recipe": RECIPE,
-                "seed": self.run.seed,
-                "minutes_asked": self.config.minutes,
-                "wall_seconds": {"total": round(sum(seconds.values()), 2), **seconds},
-                "reward": {key: reward[key] for key in ("pair_accuracy", "n")},
-                "rl": {key: policy[key] for key in names},
-                "arena": battles["leaderboard"],
-                "improve": result,
-            },
-        )
 
     def _say(self, what: str, text: str) -> None:
         self.console.print(f"[bold]{what:9}[/bold]", end=" ")

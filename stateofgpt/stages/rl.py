@@ -44,14 +44,15 @@ SHOWN = 2  # rollouts of every iteration that are kept to read
 
 @dataclass(frozen=True)
 class Config:
-    """Give `seconds` or `iterations`. `max_kl` (nats per answer): beyond it no update is made and the run ends."""
+    """Give `seconds` or `iterations`. `max_kl` is a budget in nats per answer: where a batch shows the policy beyond it,
+    the run ends with the policy as it was before the update that led there."""
 
     seconds: float | None = None
     iterations: int | None = None
     batch: int = 64
     temperature: float = 1.0
     max_tokens: int = 150
-    max_kl: float = 40.0
+    max_kl: float = 12.0
     held_out_prompts: int = 192
     save_every_s: float = 20.0
     prompts: PromptConfig = field(default_factory=PromptConfig)
@@ -115,6 +116,8 @@ class PolicyTraining:
         )
         self.engine = Engine(self.ppo.policy, max_batch=config.batch)
         self.session = Session(self.engine, self.chat, Toolbox())
+        # the policy before the last update: what remains when that update leads past the KL budget
+        self.within_budget = {n: p.detach().clone() for n, p in self.ppo.policy.named_parameters()}
 
     def work(self) -> dict[str, Any]:
         held_out = prompts(self.run.seed, self.config.held_out_prompts, self.config.prompts, "heldout", 10_000)
@@ -133,6 +136,7 @@ class PolicyTraining:
             kl = self._iterate(i, iterations)
             if kl > self.config.max_kl:
                 stopped = f"KL {kl:.1f} passed the budget of {self.config.max_kl:g} nats at iteration {i + 1}"
+                self._restore(self.within_budget)
                 break
             if time.monotonic() - last_save > self.config.save_every_s or i + 1 == iterations:
                 state.save(i + 1, self._tensors(), {"kl_coefficient": self.ppo.kl_coefficient})
@@ -146,6 +150,7 @@ class PolicyTraining:
         turns = self._answer(asked, self.run.seed * 1_000_003 + 7 * i, self._drawn(i))
         experience, watched = self.ppo.experience(turns)
         if watched["kl"] <= self.config.max_kl:
+            self.within_budget = {n: p.detach().clone() for n, p in self.ppo.policy.named_parameters()}
             factor = warmup_stable_decay(i, iterations, warmup=2, decay_share=0.5, floor=0.1)
             order = torch.Generator().manual_seed(self.run.seed * 1_000_003 + i)
             watched |= self.ppo.update(experience, order, factor, watched["kl"])
@@ -201,11 +206,18 @@ class PolicyTraining:
 
     def _tensors(self) -> dict[str, Tensor]:
         both = (("policy.", self.ppo.policy_trainer), ("value.", self.ppo.value_trainer))
-        return {prefix + n: t for prefix, trainer in both for n, t in trainer.tensors().items()}
+        learning = {prefix + n: t for prefix, trainer in both for n, t in trainer.tensors().items()}
+        return learning | {f"within_budget.{n}": t for n, t in self.within_budget.items()}
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         for prefix, trainer in (("policy.", self.ppo.policy_trainer), ("value.", self.ppo.value_trainer)):
-            trainer.load({n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)})
+            trainer.load(_under(prefix, tensors))
+        self.within_budget = _under("within_budget.", tensors)
+
+    @torch.no_grad()
+    def _restore(self, weights: dict[str, Tensor]) -> None:
+        for name, p in self.ppo.policy.named_parameters():
+            p.copy_(weights[name])
 
     def _finish(
         self, before: dict[str, Any], held_out: Sequence[Problem], iterations: int, stopped: str
@@ -237,6 +249,10 @@ class PolicyTraining:
         TrainState(self.stage.resume_dir).clear()
         self.stage.finish(result)
         return result
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _shares(asked: Sequence[Problem], turns: Sequence[Turn]) -> dict[str, float]:

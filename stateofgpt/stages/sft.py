@@ -6,6 +6,7 @@ loss and loop live elsewhere.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,8 +89,6 @@ class Demonstrations:
 
     def held_out(self, step: int, i: int) -> Conversation:
         """A demonstration that no training step sees."""
-        import random
-
         rng = random.Random(f"held out {self.seed} {step} {i}")
         if self.own_held_out and i % 2:
             return rng.choice(self.own_held_out)

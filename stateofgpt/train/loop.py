@@ -67,7 +67,7 @@ class Trainer:
                 "nothing was changed: lower the learning rate, or look at this step's batch"
             )
         self.optimizer.step(factor)
-        return {"loss": total, "grad_norm": norm}
+        return {"loss": total, "grad_norm": norm, "lr": self.config.optim.lr * factor}
 
     def clip_gradients(self) -> float:
         """Scale all gradients so that their joint norm is at most `clip`; the norm before that is returned."""
