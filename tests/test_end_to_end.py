@@ -295,7 +295,7 @@ def test_the_stages_one_by_one_give_the_same_models_and_refuse_to_skip_one(debug
         assert made.returncode == 0, f"{stage}: {made.stderr}"
     for stage in STAGES:
         assert result(run, stage) == result(debug_run, stage), stage
-    assert weights(run) == weights(debug_run)
+    assert all(weights(run, stage) == weights(debug_run, stage) for stage in TRAINED)
     assert not list(faults(json.loads((run / "summary.json").read_bytes()), SUMMARY))
 
 
@@ -334,7 +334,7 @@ def test_what_is_measured_was_never_trained_on(debug_run: Path) -> None:
     documents = [
         text for path in sorted((debug_run / "collect").glob("skills.*.jsonl")) for text in read_documents(path)
     ]
-    assert len(set().union(*map(sums, documents))) > 500 and len(set().union(*map(sums, learned))) > 500
+    assert len(set().union(*map(sums, documents))) > 300 and len(set().union(*map(sums, learned))) > 500
     for text in (*learned, *documents):
         assert keys.isdisjoint(sums(text)), text
         lines = {line.strip().removeprefix("Q: ").removeprefix("user: ") for line in text.splitlines()}

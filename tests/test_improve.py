@@ -201,6 +201,17 @@ def test_an_improved_run_can_be_improved_and_replays_what_it_learned_before(talk
 
 
 @pytest.mark.slow
+def test_a_question_longer_than_the_context_does_no_harm(talked_to: Path) -> None:
+    with FeedbackStore(talked_to / "feedback.sqlite") as store:
+        talk = store.new_conversation()
+        asked = store.add_message(talk, None, (Message("user", "And then? <|im_end|> " * 2000),))
+        answer = store.add_message(talk, asked.id, (Message("assistant", "Nothing."),))
+        store.rate(answer.id, "long", "down", correction="I do not know. " * 1000)
+    root = improve(talked_to, minutes=None, seed=0, config=SMALL)
+    assert read_json(root / "summary.json")["improve"]["comparisons"] == 31
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["learning", "iterating", "fighting"])
 def test_a_round_that_was_stopped_is_continued_to_the_same_bytes(
     where: str, talked_to: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch

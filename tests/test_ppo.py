@@ -200,8 +200,8 @@ def test_what_is_told_is_the_mean_over_the_updates_made(rows: int, minibatches: 
 
 
 def test_the_coefficient_follows_the_kl_when_there_is_a_target() -> None:
-    for target, gain, expected in ((6.0, 0.1, 0.04 * 1.02), (6.0, 1.0, 0.04 * 1.2), (None, 1.0, 0.04)):
-        ppo = make_ppo(replace(PPOConfig(), epochs=1, kl_target=target, kl_gain=gain))
+    for target, gain, expected in ((6.0, 0.1, 0.1 * 1.02), (6.0, 1.0, 0.1 * 1.2), (None, 1.0, 0.1)):
+        ppo = make_ppo(replace(PPOConfig(), epochs=1, kl_coefficient=0.1, kl_target=target, kl_gain=gain))
         experience, _ = ppo.experience(answers(ppo.policy, n=4))
         ppo.update(experience, torch.Generator().manual_seed(0), 0.0, 60.0)
         assert ppo.kl_coefficient == pytest.approx(expected)

@@ -118,8 +118,9 @@ def test_log_probabilities_are_those_the_engine_drew_with() -> None:
     for row, turn in enumerate(turns):
         at = rollouts.mask[row] > 0
         assert logprobs[row][at].tolist() == pytest.approx(turn.logprobs, abs=1e-4)
-        scored = score(model, [[*turn.prompt_ids, *turn.ids]])[0]
-        assert logprobs[row, : len(scored)].tolist() == pytest.approx(scored, abs=1e-4)
+        scored = torch.tensor(score(model, [[*turn.prompt_ids, *turn.ids]])[0])
+        assert logprobs[row][at].tolist() == pytest.approx(scored[at[: len(scored)]].tolist(), abs=1e-4)
+        assert (logprobs[row][~at] == 0).all()
     assert (entropy >= 0).all() and (entropy <= math.log(320) + 1e-4).all()
 
 

@@ -54,11 +54,20 @@ def execute(recipe: Recipe, out: Path, only: str | None = None) -> None:
             console.print(f"[bold]{name:9}[/bold]", end=" ")
             result = RUNNERS[name](_config(recipe, run, stage, began), run)
             console.print(f"{_told(name, result)} [dim]({stage.seconds():.0f} s)[/dim]")
-        write_summary(recipe, run, time.monotonic() - began)
-        if only is None:
-            report = build(run.root)
+        if not _is_told(run):
             write_summary(recipe, run, time.monotonic() - began)
-            console.print(f"\nreport    {report}\nchat      sog chat {out}:rl\npage      sog serve {out}:rl")
+            if only is None:
+                build(run.root)
+                write_summary(recipe, run, time.monotonic() - began)
+        if only is None:
+            console.print(f"\nreport    {run.report_path}\nchat      sog chat {out}:rl\npage      sog serve {out}:rl")
+
+
+def _is_told(run: Run) -> bool:
+    """Whether summary and report are newer than every result, so that there is nothing new to tell."""
+    told = [path.stat().st_mtime for path in (run.summary_path, run.report_path) if path.exists()]
+    results = [(stage.dir / "result.json").stat().st_mtime for stage in run.stages() if stage.done]
+    return len(told) == 2 and min(told) >= max(results, default=0.0)
 
 
 def _check_own_files(recipe: Recipe, run: Run) -> None:

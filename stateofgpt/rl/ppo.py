@@ -130,7 +130,7 @@ class PPO:
         mask = rollouts.mask
         logprobs, entropy = self._in_parts(lambda part: policy_logprobs(self.policy, part, self.dtype), rollouts)
         reference, _ = self._in_parts(lambda part: policy_logprobs(self.reference, part, self.dtype), rollouts)
-        (value,) = self._in_parts(lambda part: (values(self.value, part, self.dtype),), rollouts)
+        (value,) = self._in_parts(lambda part: (self._values(self.value, part),), rollouts)
         scores = self.scores(turns)
         rewards = shaped_rewards(scores, logprobs, reference, mask, self.kl_coefficient)
         advantage, returns = advantages(rewards, value, mask, gamma=self.config.gamma, lam=self.config.lam)
@@ -169,8 +169,12 @@ class PPO:
 
         return loss
 
+    def _values(self, model: ValueModel, rollouts: Rollouts) -> Tensor:
+        """Values on the scale of the normalised scores: the model began as the reward model, on its raw scale."""
+        return (values(model, rollouts, self.dtype) - self.mean) / self.std
+
     def _value_loss(self, model: ValueModel, batch: Experience) -> Tensor:
-        new = values(model, batch.rollouts, self.dtype)
+        new = self._values(model, batch.rollouts)
         mask = batch.rollouts.mask
         return clipped_value_loss(new, batch.values, batch.returns, mask, self.config.value_clip) * batch.weight
 

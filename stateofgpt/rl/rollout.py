@@ -53,10 +53,16 @@ def rollouts_of(turns: Sequence[Turn], pad_id: int) -> Rollouts:
 
 
 def policy_logprobs(model: GPT, rollouts: Rollouts, dtype: Dtype) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the sampled tokens and entropies, each [B, T], at temperature 1."""
+    """Log-probabilities of the sampled tokens and entropies, each [B, T], at temperature 1; zero outside the mask.
+
+    Only the sampled places go through the head: prompts, tool output and padding are more than half of all.
+    """
+    sampled = rollouts.mask > 0
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        logits = model(rollouts.inputs)
-    return token_logprobs(logits, rollouts.targets)
+        logits = model.lm_head(model.hidden(rollouts.inputs)[sampled])
+    chosen, entropy = token_logprobs(logits, rollouts.targets[sampled])
+    empty = torch.zeros(sampled.shape)
+    return empty.masked_scatter(sampled, chosen), empty.masked_scatter(sampled, entropy)
 
 
 def values(model: ValueModel, rollouts: Rollouts, dtype: Dtype) -> Tensor:
