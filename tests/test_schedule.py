@@ -9,7 +9,7 @@ import pytest
 
 from stateofgpt.errors import ConfigError
 from stateofgpt.train import schedule
-from stateofgpt.train.schedule import micro_batches, warmup_stable_decay
+from stateofgpt.train.schedule import warmup_stable_decay
 
 SHAPES = [(1, 1, 1.0), (7, 10, 0.0), (10, 2, 0.5), (100, 0, 0.6), (100, 20, 0.6), (100, 60, 0.9), (33, 5, 0.0)]
 
@@ -45,15 +45,6 @@ def test_past_its_end_a_schedule_stays_at_its_floor(step: int) -> None:
 def test_a_schedule_that_cannot_be_is_refused(steps: int, decay_share: float) -> None:
     with pytest.raises(ConfigError, match="decay_share"):
         warmup_stable_decay(0, steps, warmup=1, decay_share=decay_share)
-
-
-def test_micro_batches_grow_from_first_to_last() -> None:
-    counts = [micro_batches(s, 100, first=1, last=5, ramp_share=0.5) for s in range(100)]
-    assert counts[0] == 1 and counts[50:] == [5] * 50
-    assert counts == sorted(counts)
-    assert {counts.count(n) for n in (1, 2, 3, 4)} <= {12, 13}  # each size for its share of the ramp
-    assert [micro_batches(s, 10, first=3, last=3, ramp_share=0.5) for s in (0, 9)] == [3, 3]
-    assert micro_batches(0, 10, first=1, last=4, ramp_share=0.0) == 4
 
 
 def test_the_docstrings_are_true() -> None:

@@ -41,8 +41,8 @@ class DemonstrationConfig:
     copy: float = 1.0
     reverse: float = 1.0
     count: float = 0.7
-    sort: float = 1.0
-    names: float = 1.0
+    sort: float = 2.0
+    names: float = 2.0
     greet: float = 0.5
     thanks: float = 0.4
     identity: float = 0.5

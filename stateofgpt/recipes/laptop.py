@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from stateofgpt.errors import ConfigError
 from stateofgpt.recipes.recipe import Recipe
-from stateofgpt.stages import evaluate
+from stateofgpt.stages import evaluate, tokenize
 
 DEFAULT_MINUTES = 10.0
 FEWEST_MINUTES = 3.0
+VOCABULARY = 2048  # at one to three million parameters a larger one is half of the model, and most of it is hardly seen
 
 
 def recipe(minutes: float | None = None) -> Recipe:
@@ -21,4 +22,4 @@ def recipe(minutes: float | None = None) -> Recipe:
         )
     made = Recipe("laptop", minutes=minutes)
     share = min(1.0, minutes / DEFAULT_MINUTES)
-    return replace(made, eval=evaluate.Config(seconds=45.0 * share))
+    return replace(made, tokenize=tokenize.Config(vocab_size=VOCABULARY), eval=evaluate.Config(seconds=45.0 * share))

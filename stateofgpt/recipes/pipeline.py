@@ -34,7 +34,7 @@ RUNNERS: dict[str, Callable[[Any, Run], dict[str, Any]]] = {
     "eval": evaluate.run,
     "arena": arena.run,
 }
-TIMED = {"pretrain": 0.43, "sft": 0.21, "reward": 0.14, "rl": 0.22}  # shares of what training may take in all
+TIMED = {"pretrain": 0.45, "sft": 0.25, "reward": 0.15, "rl": 0.15}  # shares of what training may take in all
 MEASURING = 0.12  # share of all minutes kept for evaluation, arena and report
 
 

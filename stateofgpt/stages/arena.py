@@ -36,7 +36,7 @@ EXAMPLES = 8
 class Config:
     """How many held-out prompts every pair of models is asked, and how warm their answers are."""
 
-    prompts: int = 160
+    prompts: int = 640
     temperature: float = 0.7
     max_tokens: int = 150
     mixture: PromptConfig = field(default_factory=PromptConfig)

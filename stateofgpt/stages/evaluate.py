@@ -154,7 +154,7 @@ class _Evaluation:
         rng = random.Random(f"tricks {self.run.seed}")
         ways: dict[str, Callable[[str, Problem], str]] = {
             "bare": lambda skill, p: bare_prompt(p),
-            "few_shot": lambda skill, p: few_shot_prompt(skill, self.config.shots, p, rng),
+            "few_shot": lambda skill, p: few_shot_prompt(skill, self._shots(skill), p, rng),
             "fake_transcript": lambda skill, p: fake_transcript_prompt(p),
         }
         asked = {s: suite(s, max(4, round(self.config.tricks * scale)), self.run.seed) for s in TRICK_SKILLS}
@@ -164,6 +164,10 @@ class _Evaluation:
         for way in ways:
             out[way] = {s: score_suite(ps, [next(told) for _ in ps]) for s, ps in asked.items()}
         return out
+
+    def _shots(self, skill: str) -> int:
+        """As many examples as fit beside the answer: written-out sums are long."""
+        return 1 if skill == "arithmetic_steps" else self.config.shots
 
     def _tricked(self, model: GPT, questions: Sequence[str]) -> dict[str, str]:
         """What the base model says to questions inside a fake transcript."""

@@ -47,7 +47,7 @@ class Config:
     width: int | None = None
     layers: int | None = None
     context: int = 256
-    rows: int = 32
+    rows: int = 8
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compiled: bool | None = None
     warmup: int = 10
@@ -133,17 +133,19 @@ class _Pretraining:
         assert c.seconds is not None
         ids = torch.zeros(c.rows, c.context, dtype=torch.int64)
         batch = Batch(ids, ids, torch.ones(c.rows, c.context))
-        forward_backward = timed_steps(lambda: loss(model, batch), model, 3)
+        forward_backward = timed_steps(lambda: loss(model, batch), model, 9)
         copy = GPT(model.config)
         trainer = Trainer(copy, c.loop)
         for p in copy.parameters():
             p.grad = torch.zeros_like(p)
+        trainer.optimizer.step(0.0)  # the first also allocates
         start = time.perf_counter()
-        trainer.optimizer.step(0.0)
-        step_seconds = forward_backward + time.perf_counter() - start
+        for _ in range(3):
+            trainer.optimizer.step(0.0)
+        step_seconds = forward_backward + (time.perf_counter() - start) / 3
         start = time.perf_counter()
         _Watch(self, copy, 1).evaluate(c.eval_tokens // 4)
-        looks = (time.perf_counter() - start) * (4 + len(c.eval_at)) + 1.0 * len(c.sample_at)
+        looks = (time.perf_counter() - start) * (4 + len(c.eval_at)) + 0.5 * len(c.sample_at)
         left = c.seconds - self.stage.seconds() - looks
         return max(20, int(left / step_seconds))
 

@@ -51,10 +51,10 @@ class Config:
 
     seconds: float | None = None
     n_prompts: int | None = None
-    held_out_prompts: int = 96
+    held_out_prompts: int = 240
     completions: int = 4
     noise: float = DEFAULT_NOISE
-    temperature: float = 1.0
+    temperature: float = 0.8
     max_tokens: int = 150
     rankings: str | None = None
     prompts: PromptConfig = field(default_factory=PromptConfig)

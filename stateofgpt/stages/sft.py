@@ -43,7 +43,7 @@ class Config:
 
     seconds: float | None = None
     steps: int | None = None
-    rows: int = 32
+    rows: int = 8
     warmup: int = 5
     decay_share: float = 0.6
     validation_rows: int = 16

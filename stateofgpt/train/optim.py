@@ -73,10 +73,18 @@ class MuonAdamW:
         for name, p in hidden.items():
             groups.setdefault(tuple(p.shape), []).append(name)
         self.stacks = list(groups.values())
-        self.momenta = [torch.zeros(len(names), *self.params[names[0]].shape) for names in self.stacks]
+        self.weights = [self._stack(names) for names in self.stacks]
+        self.momenta = [torch.zeros_like(weights) for weights in self.weights]
         self.adam = [n for n in self.params if n not in hidden]
         self.first = {n: torch.zeros_like(self.params[n]) for n in self.adam}
         self.second = {n: torch.zeros_like(self.params[n]) for n in self.adam}
+
+    def _stack(self, names: list[str]) -> Tensor:
+        """The named matrices as one tensor [n, rows, columns] whose slices they are from now on."""
+        stack = torch.stack([self.params[n].detach() for n in names])
+        for name, weights in zip(names, stack, strict=True):
+            self.params[name].data = weights
+        return stack
 
     def zero_grad(self) -> None:
         for p in self.params.values():
@@ -86,21 +94,20 @@ class MuonAdamW:
     def step(self, factor: float) -> None:
         """Apply the gradients that stand in `.grad`, with both learning rates times `factor`."""
         self.step_count += 1
-        for names, momentum in zip(self.stacks, self.momenta, strict=True):
-            self._muon(names, momentum, factor)
+        for names, weights, momentum in zip(self.stacks, self.weights, self.momenta, strict=True):
+            self._muon(names, weights, momentum, factor)
         for name in self.adam:
             self._adamw(name, factor)
 
-    def _muon(self, names: list[str], momentum: Tensor, factor: float) -> None:
+    def _muon(self, names: list[str], weights: Tensor, momentum: Tensor, factor: float) -> None:
         params = [self.params[n] for n in names]
         grads = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for p in params])
         momentum.lerp_(grads, 1.0 - self.config.momentum)
         update = orthogonalise(grads.lerp_(momentum, self.config.momentum)).float()
         rows, columns = update.shape[-2:]
         lr = self.config.muon_lr * factor * max(1.0, rows / columns) ** 0.5
-        for p, u in zip(params, update, strict=True):
-            self._decay(p, u, lr)
-            p.sub_(u, alpha=lr)
+        self._decay(weights, update, lr)
+        weights.sub_(update, alpha=lr)
 
     def _adamw(self, name: str, factor: float) -> None:
         p, c, t = self.params[name], self.config, self.step_count

@@ -1,4 +1,4 @@
-"""Learning-rate and batch schedules, as pure functions of the step. Knows nothing of optimizers."""
+"""The learning-rate schedule, a pure function of the step. Knows nothing of optimizers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,3 @@ def warmup_stable_decay(step: int, steps: int, *, warmup: int, decay_share: floa
     decay_steps = max(1, round(steps * decay_share))
     fall = max(0.0, min(1.0, (steps - step) / decay_steps))
     return floor + (1.0 - floor) * min(rise, fall)
-
-
-def micro_batches(step: int, steps: int, *, first: int, last: int, ramp_share: float) -> int:
-    """Micro-batches of one optimizer step: `first` at the start, growing linearly to `last` over `ramp_share`."""
-    if ramp_share <= 0.0 or last <= first:
-        return last
-    progress = min(1.0, step / max(1.0, steps * ramp_share))
-    return first + int(progress * (last - first))

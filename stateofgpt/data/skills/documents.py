@@ -32,11 +32,18 @@ _BLOCK_SKILLS = (
     "identity",
 )
 
+# Who asks and who answers in interviews, lessons and help pages: written in many ways, of which Q and A is the commonest.
+# The very words of the trick on the base model ("Human", "Helpful assistant") never stand together here.
+_QA_SHARE = 0.6
+_ASKING = ("Question", "User", "Student", "Visitor", "Human", "Customer", "Reader", "Traveller", "Child", "Guest")
+_ANSWERING = ("answer", "assistant", "teacher", "guide", "librarian", "clerk", "robot", "editor", "host", "friend")
+_KIND_OF = ("", "", "Kind ", "Patient ", "Friendly ", "Wise ", "Helpful ", "Old ", "Cheerful ")
+
 
 def document(rng: random.Random, split: Split = "train") -> str:
     """One document of 50 to 1500 characters."""
     kinds: tuple[Callable[[random.Random, Split], str], ...] = (_block, _exercises, _table, _names, _small_talk, _notes)
-    return rng.choices(kinds, (50, 22, 6, 8, 6, 8))[0](rng, split)
+    return rng.choices(kinds, (44, 20, 5, 9, 12, 10))[0](rng, split)
 
 
 def question_and_answer(drawn: Problem, rng: random.Random) -> str:
@@ -45,10 +52,20 @@ def question_and_answer(drawn: Problem, rng: random.Random) -> str:
     return f"Q: {drawn.question}\nA: {plain_answer(drawn, rng, manner)}"
 
 
+def _speakers(rng: random.Random) -> tuple[str, str]:
+    """Labels of one who asks and one who answers."""
+    asks, answers = rng.choice(_ASKING), rng.choice(_KIND_OF) + rng.choice(_ANSWERING)
+    if answers == "Helpful assistant":
+        answers = "Answer"
+    return asks, answers[0].upper() + answers[1:]
+
+
 def _block(rng: random.Random, split: Split) -> str:
     skill = rng.choice(_BLOCK_SKILLS)
     n = rng.randint(2, 4) if skill == "arithmetic_steps" else rng.randint(3, 8)
-    return "\n\n".join(question_and_answer(problem(skill, rng, split), rng) for _ in range(n))
+    asks, answers = ("Q", "A") if rng.random() < _QA_SHARE else _speakers(rng)
+    blocks = [question_and_answer(problem(skill, rng, split), rng) for _ in range(n)]
+    return "\n\n".join(f"{asks}:{block[2:]}".replace("\nA:", f"\n{answers}:", 1) for block in blocks)
 
 
 def _exercises(rng: random.Random, split: Split) -> str:
@@ -84,11 +101,15 @@ def _names(rng: random.Random, split: Split) -> str:
 
 
 def _small_talk(rng: random.Random, split: Split) -> str:
+    """A conversation with somebody helpful: a greeting, some questions of any kind, thanks."""
     lines = []
-    for skill in ("greet", *rng.sample(("identity", "decline", "names", "fact"), 2), "thanks"):
+    asks, answers = _speakers(rng)
+    gap = rng.choice(("\n", "\n\n"))
+    kinds = ("identity", "decline", "names", "fact", "count", "copy", "reverse")
+    for skill in ("greet", *rng.sample(kinds, rng.randint(2, 4)), "thanks"):
         drawn = problem(skill, rng, split)
-        lines += [f"user: {drawn.question}", f"assistant: {plain_answer(drawn, rng)}"]
-    return "\n".join(lines)
+        lines.append(f"{asks}: {drawn.question}{gap}{answers}: {plain_answer(drawn, rng)}")
+    return gap.join(lines)
 
 
 def _notes(rng: random.Random, split: Split) -> str:
