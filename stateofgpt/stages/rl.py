@@ -44,8 +44,8 @@ SHOWN = 2  # rollouts of every iteration that are kept to read
 
 @dataclass(frozen=True)
 class Config:
-    """Give `seconds` or `iterations`. `max_kl` is a budget in nats per answer: where a batch shows the policy beyond it,
-    the run ends with the policy as it was before the update that led there."""
+    """Give `seconds` or `iterations`. `max_kl` is a budget in nats per answer: where a batch shows the policy beyond
+    it, the run ends with the policy as it was before the update that led there."""
 
     seconds: float | None = None
     iterations: int | None = None

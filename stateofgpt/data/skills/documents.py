@@ -32,7 +32,7 @@ _BLOCK_SKILLS = (
     "identity",
 )
 
-# Who asks and who answers in interviews, lessons and help pages: written in many ways, of which Q and A is the commonest.
+# Who asks and who answers in interviews, lessons and help pages: written in many ways, Q and A the commonest.
 # The very words of the trick on the base model ("Human", "Helpful assistant") never stand together here.
 _QA_SHARE = 0.6
 _ASKING = ("Question", "User", "Student", "Visitor", "Human", "Customer", "Reader", "Traveller", "Child", "Guest")
