@@ -46,7 +46,7 @@ def expected(flops: float, seconds: float) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("flops", [1e9, 1e10, 1e11, 1e12, 1e13, 1e14])
-@pytest.mark.parametrize("seconds", [20.0, 100.0])
+@pytest.mark.parametrize("seconds", [10.0, 40.0])
 def test_it_takes_the_shape_of_least_predicted_loss(
     monkeypatch: pytest.MonkeyPatch, flops: float, seconds: float
 ) -> None:

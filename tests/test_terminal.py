@@ -122,12 +122,13 @@ def test_a_model_that_fails_ends_its_answer_and_not_the_chat(store: FeedbackStor
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_written(store: FeedbackStore) -> None:
+    before = signal.getsignal(signal.SIGINT)
     out = talk(Script("abcdefgh", interrupt_at=3), store, "go", "/help")
     assert "abc\n(stopped)" in out and "/undo" in out
     ((conversation, _, _),) = store.conversations()
     answer = store.thread(conversation).messages[1]
     assert answer.partial and answer.text == "abc"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_dropped_turns_are_told(store: FeedbackStore) -> None:

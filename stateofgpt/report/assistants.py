@@ -17,6 +17,7 @@ from stateofgpt.report.plots import Series, line_chart
 from stateofgpt.report.record import MODELS, Record, mapping, number, records, sequence, share_right
 
 MANNERS = (("direct", "m1"), ("steps", "m2"), ("tool", "m3"))
+TALKS_QUESTION = "How many times as many people live in California as in Alaska?"
 EDGE = 0.08  # share of a run's updates that counts as its beginning and its end
 _TURN = re.compile(r"<\|im_start\|>(system|user|assistant|tool)\n(.*?)<\|im_end\|>", re.DOTALL)
 TRICKS = {"bare": "Bare question", "few_shot": "Few-shot", "fake_transcript": "Fake transcript"}
@@ -261,12 +262,13 @@ def _how_base_was_asked(record: Record, measured: Mapping[str, Any]) -> str:
 
 
 def examples_of(record: Record) -> list[dict[str, Any]]:
-    """The questions all models answered, those first whose answers differ, tool calls before others."""
+    """The questions all models answered: the talk's own first, then those whose answers differ, tool calls first."""
 
-    def rank(place: int, example: dict[str, Any]) -> tuple[bool, bool, int, int]:
+    def rank(place: int, example: dict[str, Any]) -> tuple[bool, bool, bool, int, int]:
         answers = [str(answer) for answer in mapping(example.get("answers")).values()]
         tools = any("→" in answer or "<tool_call>" in answer for answer in answers)
-        return len(set(answers)) < 2, not tools, place % 2, place  # two of each skill lie side by side: alternate
+        talks = str(example.get("question", "")) == TALKS_QUESTION
+        return not talks, len(set(answers)) < 2, not tools, place % 2, place  # a skill has two, side by side
 
     found = [e for e in records(record.result("eval").get("examples")) if len(mapping(e.get("answers"))) > 1]
     order = sorted(range(len(found)), key=lambda i: rank(i, found[i]))
