@@ -17,6 +17,8 @@ from stateofgpt.infer.sampling import SamplingParams, derive_seed
 from stateofgpt.text.chat import ChatFormat, Conversation, Message, ToolCall
 from stateofgpt.text.tokenizer import Tokenizer
 
+ANSWER_TOKENS = 192  # two look-ups, a calculation and a sentence about them take 170
+
 
 class Tools(Protocol):
     """What a session needs of a toolbox."""
@@ -194,12 +196,14 @@ class Session:
             self.engine.cancel(request)
 
     def fit(self, conversation: Conversation) -> Conversation:
-        """The conversation without its oldest exchanges, as many as it takes to leave a quarter of the context free.
+        """The conversation without its oldest exchanges, as many as it takes to leave room for an answer.
 
+        That is a quarter of the context, but `ANSWER_TOKENS` where a quarter is less, as far as three quarters of it.
         System messages stay, and so does all from the last user message on.
         """
-        kept = list(conversation)
-        while len(self.chat.render(kept, add_generation_prompt=True).ids) > self.engine.max_context * 3 // 4:
+        kept, context = list(conversation), self.engine.max_context
+        room = max(context // 4, min(ANSWER_TOKENS, context * 3 // 4))
+        while len(self.chat.render(kept, add_generation_prompt=True).ids) > context - room:
             asked = [i for i, message in enumerate(kept) if message.role == "user"]
             if len(asked) < 2:
                 break

@@ -34,10 +34,10 @@ class DemonstrationConfig:
 
     arithmetic: float = 5.0
     arithmetic_direct: float = 1.0
-    arithmetic_steps: float = 6.0
+    arithmetic_steps: float = 5.0
     arithmetic_tool: float = 3.0
     fact: float = 1.5
-    compare: float = 3.0
+    compare: float = 4.5
     copy: float = 1.0
     reverse: float = 1.0
     count: float = 0.7
