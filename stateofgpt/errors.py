@@ -45,10 +45,9 @@ class FeedbackError(StateOfGptError):
     """Feedback that cannot be stored, or too little of it to learn from."""
 
 
-class InterruptedRun(StateOfGptError, KeyboardInterrupt):
-    """The run was asked to stop. It is a KeyboardInterrupt too, so that whoever handles Ctrl-C handles SIGTERM."""
-
-    exit_code = 130
+class InterruptedRun(KeyboardInterrupt):
+    """The run was asked to stop. A KeyboardInterrupt, so that whoever handles Ctrl-C handles SIGTERM; and, like it, no
+    Exception: `except Exception` in a library (`shutil.rmtree(ignore_errors=True)` has one) must not swallow it."""
 
     def __init__(self, message: str = "stopped; the same command continues", exit_code: int = 130) -> None:
         super().__init__(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -276,6 +277,27 @@ def test_what_ends_a_verb_becomes_its_exit_code(
     assert main(["run", "debug"]) == code
     assert capsys.readouterr().err == says
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_stop_inside_a_library_that_forgives_every_exception_still_stops(
+    fakes: Fakes, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old states are removed with `ignore_errors` after every save: a signal may come just there."""
+    (tmp_path / "old").mkdir()
+
+    def open_slowly(*words: object, **settings: object) -> NoReturn:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the signal's handler did not raise")
+
+    def tidy_up() -> None:
+        with monkeypatch.context() as slow:
+            slow.setattr(os, "open", open_slowly)
+            shutil.rmtree(tmp_path / "old", ignore_errors=True)
+        raise AssertionError("the stop was swallowed")
+
+    fakes.execute = tidy_up
+    assert main(["run", "debug"]) == 143
+    assert capsys.readouterr().err == "stopped; the same command continues\n"
 
 
 def test_a_bug_of_ours_keeps_its_traceback(fakes: Fakes) -> None:

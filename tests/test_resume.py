@@ -144,7 +144,7 @@ def test_killed_in_a_stage_and_again_the_same_command_ends_with_the_same_weights
     gentle = signal.SIGTERM if STAGES.index(stage) % 2 else signal.SIGINT
     process = kill(run, stage, second, gentle)
     _, err = process.communicate()
-    assert process.returncode == 128 + gentle
+    assert process.returncode == 128 + gentle, err
     assert err.splitlines()[-1] == "stopped; the same command continues" and "Traceback" not in err
     assert not (run / stage / "result.json").exists()
     begun = (run / stage / "metrics.jsonl").read_bytes().splitlines() if stage in TRAINED else []
