@@ -20,7 +20,18 @@ from typing import Any, NoReturn
 from stateofgpt import __version__
 from stateofgpt.config import apply_overrides, from_dict, suggestion
 from stateofgpt.errors import ConfigError, DataError, InterruptedRun, StateOfGptError
-from stateofgpt.options import Parser, take_overrides, to_count, to_minutes, to_port, to_seed, to_temperature, to_text
+from stateofgpt.options import (
+    Parser,
+    take_overrides,
+    to_amount,
+    to_count,
+    to_minutes,
+    to_port,
+    to_seed,
+    to_share,
+    to_temperature,
+    to_text,
+)
 from stateofgpt.run import Run, feedback_of, newest_model, resolve_model, resolve_run
 
 STAGE_VERBS = {
@@ -33,7 +44,7 @@ STAGE_VERBS = {
     "eval": "measure every model's skills, entropy and names",
     "arena": "blind battles and Bradley-Terry ratings",
 }
-WORKING_VERBS = ("run", *STAGE_VERBS, "improve")  # what they do is kept, and the same command continues it
+WORKING_VERBS = ("run", *STAGE_VERBS, "ladder", "improve")  # what they do is kept, and the same command continues it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,6 +150,24 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     report = verb("report", _report, "write the run's report, one HTML file")
     report.add_argument("run", nargs="?", metavar="RUN", help="a run folder or its name; default: the newest")
 
+    plan = verb("plan", _plan, "from minutes, FLOPs, dollars or a size to a plan, by three scaling laws")
+    plan.option("--minutes", type=to_minutes, help="of pretraining on this machine, which is measured")
+    plan.option("--flops", type=to_amount, help="floating-point operations of training, as 1e21")
+    plan.option("--dollars", type=to_amount, help="money, with --gpu")
+    plan.option("--params", type=to_amount, help="a size, as 7B")
+    plan.option("--tokens", type=to_amount, help="with --params: tokens, as 1.4T (default: the law's optimum)")
+    plan.option("--gpu", help="A100, H100 ...")
+    plan.option("--price", type=to_amount, help="dollars an hour for one (default: a round price of the table)")
+    plan.option("--utilisation", type=to_share, help="share of the peak that training reaches (default 0.4)")
+    plan.option("--vocab-size", type=to_count, help="default: by size")
+    plan.option("--context", type=to_count, help="default: by size")
+    plan.option("--law", default="epoch", help="kaplan, chinchilla, epoch, or a ladder's ladder.json (default epoch)")
+    plan.option("--talk", action="store_true", help="the talk's table: GPT-3 against LLaMA")
+    plan.option("--json", action="store_true", help="JSON in place of tables")
+
+    ladder = verb("ladder", _ladder, "fit a scaling law to a grid of small models", takes_overrides=True, recipe="ladder")
+    _recipe_options(ladder)
+
     sample = verb("sample", _sample, "continue a text with a model")
     _model_argument(sample)
     sample.option("--prompt", type=to_text, default="", help="the text to continue; default: a new document")
@@ -233,6 +262,18 @@ def _report(options: argparse.Namespace) -> None:
     from stateofgpt.report.build import build
 
     print(build(resolve_run(options.run)))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from stateofgpt.report.plan import plan
+
+    plan(options)
+
+
+def _ladder(options: argparse.Namespace) -> None:
+    from stateofgpt.recipes.ladder import climb
+
+    climb(options)
 
 
 def _sample(options: argparse.Namespace) -> None:

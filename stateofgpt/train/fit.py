@@ -70,8 +70,9 @@ class Fit:
 def fit_law(points: Sequence[Point], *, resamples: int = 200, seed: int = 0) -> Fit:
     """Fit the law. DataError, saying what to add, when the points cannot tell five constants.
 
-    Intervals are percentiles over fits to the fitted losses times resampled residuals (widened by sqrt(n / (n - 5)), as
-    a fit's own residuals are smaller than the noise): resampling the points would leave whole sizes out.
+    Intervals are percentiles over fits to the fitted losses with new noise, its size drawn too (what the residuals say
+    of it with n - 5 degrees of freedom). Resampling the points would leave whole sizes out; resampling the residuals
+    takes too little noise, because a fit of absolute values goes exactly through as many points as it has unknowns.
     """
     check(points)
     n, d, loss = (np.array([getattr(p, name) for p in points], np.float64) for name in ("n_params", "tokens", "loss"))
@@ -81,8 +82,8 @@ def fit_law(points: Sequence[Point], *, resamples: int = 200, seed: int = 0) -> 
     fitted = problem.log_loss(best[:1])[0]
     residuals = target - fitted
     rng = np.random.default_rng(seed)
-    widened = residuals * math.sqrt(len(points) / (len(points) - 5))
-    targets = fitted + rng.choice(widened, (resamples, len(points)))
+    noise = np.sqrt((residuals**2).sum() / rng.chisquare(len(points) - 5, (resamples, 1)))
+    targets = fitted + noise * rng.standard_normal((resamples, len(points)))
     draws = problem.constants(_refit(problem, best, targets))
     low, high = np.percentile(draws, (2.5, 97.5), axis=0)
     intervals = {name: (float(low[i]), float(high[i])) for i, name in enumerate(NAMES)}

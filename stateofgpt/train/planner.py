@@ -20,6 +20,7 @@ LR_EXPONENT = math.log(6e-4 / 0.6e-4) / math.log(175e9 / 125e6)  # through GPT-3
 VOCABULARIES = ((3e5, 512), (5e6, 2048), (3e7, 4096), (1.5e8, 16384), (3e9, 32000), (math.inf, 65536))  # parameters up to, tokens
 CONTEXTS = ((1e7, 256), (1e8, 1024), (1e10, 2048), (math.inf, 4096))
 SMALLEST, LARGEST = 5e4, 1e14  # parameters
+SMALL_WIDTH = 1024  # up to here memory is no matter, and few rows would be slow
 BYTES_PER_TOKEN = 4.0  # of English text at a large vocabulary; a small one makes shorter tokens
 
 
@@ -184,14 +185,17 @@ def disk(config: GPTConfig, tokens: float, optimizer: float, bytes_per_token: fl
 def make_plan(config: GPTConfig, tokens: float, *, batch: int | None = None, lr: float | None = None) -> Plan:
     """The plan for a shape and a number of tokens; `batch` and `lr` in place of the rules of thumb.
 
-    Activations are those of at most 8 rows at once: a larger batch is accumulated.
+    A batch is accumulated from 8 rows at once; of a wide model from as many as need no more than its weights' state.
     """
     if not (tokens >= 1 and math.isfinite(tokens)):
         raise ConfigError(f"a plan needs at least one token, not {tokens:.3g}; give it a larger budget")
     n_params = count(config)[0]
     context = config.max_position_embeddings
     batch = batch or batch_tokens(tokens, context)
-    held = memory(config, min(8, max(1, batch // context)))
+    most = min(8, max(1, batch // context))
+    one = memory(config, 1)
+    rows = min(most, max(1, int((one.total - one.activations) / one.activations)))
+    held = memory(config, most if config.hidden_size <= SMALL_WIDTH else rows)
     return Plan(
         config,
         n_params,
