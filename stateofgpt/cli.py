@@ -165,7 +165,9 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     plan.option("--talk", action="store_true", help="the talk's table: GPT-3 against LLaMA")
     plan.option("--json", action="store_true", help="JSON in place of tables")
 
-    ladder = verb("ladder", _ladder, "fit a scaling law to a grid of small models", takes_overrides=True, recipe="ladder")
+    ladder = verb(
+        "ladder", _ladder, "fit a scaling law to a grid of small models", takes_overrides=True, recipe="ladder"
+    )
     _recipe_options(ladder)
 
     sample = verb("sample", _sample, "continue a text with a model")

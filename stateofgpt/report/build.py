@@ -21,7 +21,6 @@ CHAPTERS = (
     training.mixture,
     training.tokenization,
     training.pretraining,
-    sizes.sizes,
     training.lesson,
     assistants.base_tricks,
     assistants.finetuning,
@@ -65,8 +64,8 @@ def render(record: Record) -> str:
     """The page."""
     title = _title(record)
     chapters = [chapter for chapter in CHAPTERS if NEEDS.get(chapter, record.order[0]) in record.order]
-    if not record.sizes:
-        chapters.remove(sizes.sizes)
+    if record.sizes:
+        chapters.insert(chapters.index(training.pretraining) + 1, sizes.sizes)
     return pages.page(title, _head(record, title), [chapter(record) for chapter in chapters], _foot(record))
 
 

@@ -87,9 +87,7 @@ def _law(rungs: Sequence[dict[str, Any]], sizes: Sequence[str], law: ChinchillaL
         own = [rung for rung in rungs if rung["size"] == size]
         n_params = own[0]["n_params"]
         span = _between([rung["tokens"] for rung in own])
-        by_tokens.append(
-            Series(_word(rungs, size), [(d, law.loss(n_params, d)) for d in span], _colour(sizes, size))
-        )
+        by_tokens.append(Series(_word(rungs, size), [(d, law.loss(n_params, d)) for d in span], _colour(sizes, size)))
         dots = [(float(rung["tokens"]), float(rung["loss"])) for rung in own]
         by_tokens.append(Series("", dots, _colour(sizes, size), dots=True))
     by_size: list[Series] = []
@@ -133,7 +131,9 @@ def _constants(told: dict[str, Any]) -> Section:
     rows = []
     for name in CONSTANTS:
         low, high = told["intervals"][name]
-        rows.append([SYMBOLS[name], f"{told['law'][name]:.4g}", f"{low:.4g} to {high:.4g}", f"{getattr(EPOCH, name):g}"])
+        rows.append(
+            [SYMBOLS[name], f"{told['law'][name]:.4g}", f"{low:.4g} to {high:.4g}", f"{getattr(EPOCH, name):g}"]
+        )
     table = pages.table(["Constant", "This ladder", "95 % interval", "Epoch 2024"], rows, caption="Constants")
     doubt = told["doubt"]
     finding = (

@@ -107,7 +107,8 @@ def _dollars(options: Namespace, laws: dict[str, tuple[str, AnyLaw]]) -> Asked:
     used = options.utilisation or UTILISATION
     hours = options.dollars / price
     budget = {
-        "dollars": options.dollars, "gpu": chosen.name, "price_per_hour": price, "utilisation": used, "gpu_hours": hours,
+        "dollars": options.dollars, "gpu": chosen.name, "price_per_hour": price, "utilisation": used,
+        "gpu_hours": hours,
     }  # fmt: skip
     return _bought(budget, hours * 3600 * chosen.peak * used, options, laws)
 
@@ -206,9 +207,9 @@ def _show(told: dict[str, Any], asked: Asked) -> None:
         ("batch", f"{short(p['batch_tokens'])} tokens, {p['steps']:,} steps"),
         ("learning rate", f"{p['lr']:.2g} (AdamW), 0.02 (Muon, any size)"),
         ("compute", f"{p['flops']:.3g} FLOP, attention included"),
-        ("memory", f"{size(memory['total'])}: weights {size(memory['weights'])}, gradients {size(memory['gradients'])}, "
-                   f"optimizer {size(memory['optimizer'])}, activations {size(memory['activations'])} "
-                   f"({memory['rows']} rows at once)"),
+        ("memory", f"{size(memory['total'])}: weights {size(memory['weights'])}, "
+                   f"gradients {size(memory['gradients'])}, optimizer {size(memory['optimizer'])}, "
+                   f"activations {size(memory['activations'])} ({memory['rows']} rows at once)"),
         ("disk", f"{size(disk['total'])}: text {size(disk['text'])}, shards {size(disk['shards'])}, checkpoint "
                  f"{size(disk['checkpoint'])}, states to resume {size(disk['resume'])}"),
     ]  # fmt: skip

@@ -114,9 +114,7 @@ def line_chart(
 ) -> Markup:
     """A figure's SVG, or nothing when no series has two finite points. The title is drawn above the axis. A series with
     an empty name gets no label; with `log_x` all x are above 0 and drawn by their logarithm."""
-    drawn = [
-        replace(s, points=_finite(s.points), noisy=s.noisy and len(s.points) >= FEWEST_TO_SMOOTH) for s in series
-    ]
+    drawn = [replace(s, points=_finite(s.points), noisy=s.noisy and len(s.points) >= FEWEST_TO_SMOOTH) for s in series]
     drawn = [s for s in drawn if len(s.points) >= 2]
     if not drawn:
         return Markup("")

@@ -65,8 +65,8 @@ def talk(utilisation: float, *, as_json: bool) -> None:
     assert LLAMA_65B.a100_hours is not None
     notes = [
         lesson(),
-        f"LLaMA-65B's paper: {LLAMA_65B_GPUS:,} A100s for about {LLAMA_65B_DAYS} days, {days:,} GPU-days; its table 15: "
-        f"{LLAMA_65B.a100_hours:,.0f} GPU-hours, {LLAMA_65B.a100_hours / 24:,.0f} GPU-days. GPT-3 was trained on V100s.",
+        f"LLaMA-65B's paper: {LLAMA_65B_GPUS:,} A100s for about {LLAMA_65B_DAYS} days, {days:,} GPU-days; its table "
+        f"15: {LLAMA_65B.a100_hours:,.0f} GPU-hours, {LLAMA_65B.a100_hours / 24:,.0f} GPU-days. GPT-3 ran on V100s.",
         f"For LLaMA-65B's compute Epoch's law would buy {short(by.n_params)} parameters and {short(by.tokens)} tokens; "
         f"for GPT-3's, Kaplan's would buy {short(kaplans.n_params)} and {short(kaplans.tokens)}: GPT-3.",
         KAPLAN_BIAS,

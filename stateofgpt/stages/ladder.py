@@ -178,4 +178,3 @@ def _doubt(fit: Fit, rungs: Sequence[dict[str, Any]]) -> str:
     if most > MOST_EPOCHS:
         return f"a source was read {most:.1f} times, and repeated text is worth less than the law takes it for"
     return ""
-

@@ -30,7 +30,8 @@ PROMPT_CHARACTERS = 24
 
 def run(config: pretrain.Config, run: Run) -> dict[str, Any]:
     """Train the smaller sizes, then the largest; returns the largest one's result."""
-    if config.sizes is None or config.sizes == 1:
+    beside = (config.sizes or 1) - 1
+    if not beside:
         return pretrain.run(config, run)
     stage = run.stage("pretrain")
     with stage.timed():
@@ -41,7 +42,7 @@ def run(config: pretrain.Config, run: Run) -> dict[str, Any]:
             config = replace(config, prompts=tuple(texts))
         plan = stage.decide("plan", lambda: _plan(config, run))
         model = from_dict(GPTConfig, plan["model"])
-        smaller = _smaller(model, config.sizes - 1)
+        smaller = _smaller(model, beside)
         steps = stage.decide("steps", lambda: {"steps": _steps(config, plan, [*smaller, model], stage)})["steps"]
         for made in smaller:
             width, layers = made.hidden_size, made.num_hidden_layers

@@ -45,9 +45,7 @@ def read_law(path: Path) -> MeasuredLaw:
         raise ConfigError(f"{file} is no ladder's law ({error}); run `sog ladder` again") from error
 
 
-def choose_law(
-    named: Path | None, beside: Path, vocab_size: int, context: int
-) -> tuple[ChinchillaLaw, dict[str, Any]]:
+def choose_law(named: Path | None, beside: Path, vocab_size: int, context: int) -> tuple[ChinchillaLaw, dict[str, Any]]:
     """The law to go by, and what to record of it: its name, its constants, and why a ladder that is there was left.
 
     ConfigError when the one the user named is missing or was measured at another vocabulary or context.

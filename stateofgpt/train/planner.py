@@ -17,7 +17,14 @@ from stateofgpt.train.scaling import flops_per_token
 
 BATCH_EXPONENT = 0.383  # the best batch in tokens grows as D^0.383 (arXiv 2505.13738); drawn through LLaMA-65B's
 LR_EXPONENT = math.log(6e-4 / 0.6e-4) / math.log(175e9 / 125e6)  # through GPT-3's family (arXiv 2005.14165, table 2.1)
-VOCABULARIES = ((3e5, 512), (5e6, 2048), (3e7, 4096), (1.5e8, 16384), (3e9, 32000), (math.inf, 65536))  # parameters up to, tokens
+VOCABULARIES = (
+    (3e5, 512),
+    (5e6, 2048),
+    (3e7, 4096),
+    (1.5e8, 16384),
+    (3e9, 32000),
+    (math.inf, 65536),
+)  # parameters up to, tokens
 CONTEXTS = ((1e7, 256), (1e8, 1024), (1e10, 2048), (math.inf, 4096))
 SMALLEST, LARGEST = 5e4, 1e14  # parameters
 SMALL_WIDTH = 1024  # up to here memory is no matter, and few rows would be slow

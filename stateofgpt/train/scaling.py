@@ -62,7 +62,7 @@ class ChinchillaLaw:
         return Optimum(n_params, tokens, self.loss(n_params, tokens))
 
     def tokens_for(self, n_params: float) -> float:
-        """The tokens for which `n_params` are the optimum: where both terms fall equally fast, a A / N^a = b B / D^b."""
+        """The tokens for which `n_params` are the optimum: where a A / N^a = b B / D^b."""
         _require_positive(n_params=n_params)
         return float((self.b * self.b_scale * n_params**self.a / (self.a * self.a_scale)) ** (1 / self.b))
 
