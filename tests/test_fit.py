@@ -43,14 +43,15 @@ def test_with_noise_the_exponents_come_back_and_outliers_hardly_move_them() -> N
     assert again.residuals[20] == pytest.approx(math.log(1.5), abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
-    rounds, covered = 40, dict.fromkeys(NAMES, 0)
+    rounds, covered = 30, dict.fromkeys(NAMES, 0)
     for seed in range(rounds):
-        fit = fit_law(points(SMALL, SIZES, TOKENS, 0.003, seed), resamples=100, seed=seed)
+        fit = fit_law(points(SMALL, SIZES, TOKENS, 0.003, seed), resamples=60, seed=seed)
         for name in NAMES:
             low, high = fit.intervals[name]
             covered[name] += low <= getattr(SMALL, name) <= high
-    assert all(count / rounds >= 0.8 for count in covered.values()), covered  # 95 % asked of few points; 2 sd is 0.88
+    assert all(count / rounds >= 0.8 for count in covered.values()), covered  # 0.87 to 1 of sixty
 
 
 def test_more_noise_makes_wider_intervals_and_a_law_not_to_be_trusted() -> None:

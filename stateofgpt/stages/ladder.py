@@ -40,7 +40,7 @@ class Config:
 
     seconds: float | None = 240.0
     steps: int | None = None
-    sizes: tuple[str, ...] = ("64x1", "64x2", "128x2", "128x4", "192x5")
+    sizes: tuple[str, ...] = ("64x1", "64x2", "64x4", "128x2", "128x4")
     multiples: tuple[int, ...] = (1, 2, 4)
     context: int = 256
     rows: int = 8

@@ -85,11 +85,12 @@ def _steps(config: pretrain.Config, plan: dict[str, Any], models: list[GPTConfig
 
 
 def _beginnings(run: Run) -> list[str]:
-    """What samples begin with: nothing, and the first words of two held-out documents."""
+    """What samples begin with: nothing, and the first words of two held-out documents, or of one and of its middle."""
     collected = run.stage("collect").result()
     if collected is None:
         raise ConfigError(f"{run.root} has no collected texts yet; run `sog collect` first")
     texts = [text for s in collected["sources"] for text in documents_of(run, s["name"], "validation")]
+    texts += [text[len(text) // 2 :].partition("\n")[2] for text in texts[:2]]
     starts = (text.lstrip()[: PROMPT_CHARACTERS + 1] for text in texts)
     whole = [start[: start.rfind(" ")] if " " in start.strip() else start[:PROMPT_CHARACTERS] for start in starts]
-    return ["", *list(dict.fromkeys(whole))[:2]]
+    return ["", *[start for start in dict.fromkeys(whole) if start.strip()][:2]]
