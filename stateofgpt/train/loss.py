@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stateofgpt.errors import ModelError
 from stateofgpt.model.gpt import GPT
+from stateofgpt.train import fused as fused_pass
+from stateofgpt.train import kernels
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -39,20 +42,29 @@ class Batch:
 
 
 class LanguageModelLoss:
-    """`loss(model, batch) -> summed loss in nats`, in one precision, compiled or not.
+    """`loss(model, batch) -> summed loss in nats`, in one precision; plain, compiled, or `fused` (`train.fused`).
 
-    What is compiled is one block, whose code then serves all of them, and the head with its loss: a third of the time
+    Fused is the fastest on a CPU and needs a C compiler for a second, once on a machine; what it cannot do (other
+    architectures, long contexts) goes the plain way. What is compiled is one block, whose code then serves all of them, and the head with its loss: a third of the time
     it takes to compile the whole. The embedding look-up stays outside: its gradient is a scatter, which the compiler
     would turn into atomic adds whose order, and so whose rounding, differs from run to run.
     """
 
-    def __init__(self, dtype: Dtype = "float32", compiled: bool = False) -> None:
+    def __init__(self, dtype: Dtype = "float32", compiled: bool = False, fused: bool = False) -> None:
         self.dtype: Dtype = dtype
         self.compiled = compiled
+        self.kernels = kernels.load() if fused else None
+        if fused and self.kernels is None:
+            raise ModelError(
+                "this run uses the fused kernels, and they cannot be compiled here: install a C compiler with OpenMP"
+            )
         self._block = torch.compile(_block, dynamic=False) if compiled else _block
         self._head = torch.compile(_head, dynamic=False) if compiled else _head
 
     def __call__(self, model: GPT, batch: Batch) -> Tensor:
+        if self.kernels is not None and fused_pass.fits(model, batch.ids):
+            dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+            return fused_pass.fused_loss(self.kernels, model, batch.ids, batch.targets, batch.weights, dtype)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
             trunk = model.model
             x = trunk.run(trunk.embed_tokens(batch.ids), run_block=self._block)
