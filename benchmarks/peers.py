@@ -1,4 +1,4 @@
-"""The other side of the benchmarks of training: GPT-2 of Hugging Face transformers with torch's AdamW, as people run it.
+"""The other side of the benchmarks of training: GPT-2 of Hugging Face transformers with torch's AdamW.
 
 A program of its own, so that a benchmark counts its start-up as it counts ours:
 
@@ -64,6 +64,8 @@ class Peer:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
         )
         self.model = GPT2LMHeadModel(config)
         self.n_params = sum(p.numel() for p in self.model.parameters())
@@ -95,7 +97,7 @@ class Peer:
         loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     def validate(self, corpus: Corpus) -> float:
         """Mean loss in nats over all held-out windows, in float32, uncompiled."""

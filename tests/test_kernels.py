@@ -94,7 +94,7 @@ def test_norm_and_rotation_of_queries_and_keys_are_the_models(
 def test_softmax_sees_the_past_of_its_own_document_alone(
     kernels: Kernels, start: int, documents: bool, dtype: torch.dtype
 ) -> None:
-    B, heads, rows, T = 2, 3, 5, 9
+    B, heads, rows = 2, 3, 5
     width = start + rows
     scores = drawn(B * heads, rows, width, dtype=dtype, scale=5.0)
     firsts = torch.tensor([[0, 0, 0, 3, 3, 3, 6, 6, 8], [0] * 9], dtype=torch.int32) if documents else None

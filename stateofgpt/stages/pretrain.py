@@ -22,7 +22,7 @@ from stateofgpt.model.checkpoint import save_checkpoint
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.run import Run, Stage
 from stateofgpt.text.tokenizer import Tokenizer
-from stateofgpt.train.dial import choose, shape, timed_steps
+from stateofgpt.train.dial import can_fuse, choose, shape, timed_steps
 from stateofgpt.train.loop import LoopConfig, Trainer, fit
 from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
 from stateofgpt.train.schedule import warmup_stable_decay
@@ -50,6 +50,7 @@ class Config:
     rows: int = 8
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compiled: bool | None = None
+    fused: bool | None = None
     warmup: int = 10
     decay_share: float = 0.6
     sample_at: tuple[float, ...] = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
@@ -84,11 +85,11 @@ class _Pretraining:
         plan = self.stage.decide("plan", self._plan)
         model = GPT(from_dict(GPTConfig, plan["model"]))
         model.init_weights(torch.Generator().manual_seed(self.run.seed))
-        loss = LanguageModelLoss(plan["dtype"], plan["compiled"])
+        loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"])
         rows, context = self.config.rows, self.config.context
         steps = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss)})["steps"]
         batches = PretrainBatches(self.shards, self.weights, rows, context, self.run.seed, steps * rows)
-        trainer = Trainer(model, self.config.loop)
+        trainer = Trainer(model, self.config.loop, loss.kernels)
         watch = _Watch(self, model, steps)
         fit(
             trainer,
@@ -113,6 +114,7 @@ class _Pretraining:
                 "model": asdict(shape(c.width, c.layers, vocab, c.context)),
                 "dtype": dtype,
                 "compiled": bool(c.compiled),
+                "fused": (can_fuse() and not c.compiled) if c.fused is None else c.fused,
                 "rates": {},
             }
         if c.seconds is None:
@@ -122,6 +124,7 @@ class _Pretraining:
             "model": asdict(choice.config),
             "dtype": choice.dtype if c.dtype == "auto" else c.dtype,
             "compiled": choice.compiled if c.compiled is None else c.compiled,
+            "fused": (choice.fused and not c.compiled) if c.fused is None else c.fused,
             "rates": choice.rates,
         }
 
@@ -135,7 +138,7 @@ class _Pretraining:
         batch = Batch(ids, ids, torch.ones(c.rows, c.context))
         forward_backward = timed_steps(lambda: loss(model, batch), model, 9)
         copy = GPT(model.config)
-        trainer = Trainer(copy, c.loop)
+        trainer = Trainer(copy, c.loop, loss.kernels)
         for p in copy.parameters():
             p.grad = torch.zeros_like(p)
         trainer.optimizer.step(0.0)  # the first also allocates

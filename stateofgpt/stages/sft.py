@@ -110,9 +110,9 @@ class _Finetuning:
         context = model.config.max_position_embeddings
         packer = self._packer(self.draws, self.config.rows, context)
         held_out = self._packer(self.draws.held_out, self.config.validation_rows, context).step(0)
-        loss = LanguageModelLoss(plan["dtype"], plan["compiled"])
+        loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"])
         steps = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss, packer)})["steps"]
-        trainer = Trainer(model, self.config.loop)
+        trainer = Trainer(model, self.config.loop, loss.kernels)
         counts = {"conversations": 0, "truncated": 0}
 
         def batches(step: int) -> list[Batch]:
@@ -155,7 +155,7 @@ class _Finetuning:
             return self.config.steps
         assert self.config.seconds is not None
         weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-        trainer = Trainer(model, self.config.loop)
+        trainer = Trainer(model, self.config.loop, loss.kernels)
         trainer.step([_batch(packer.step(0))], loss, 0.0)
         start = time.perf_counter()
         for step in (1, 2, 3):

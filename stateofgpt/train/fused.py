@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.model.gpt import GPT, Attention, Block, GPTConfig
 from stateofgpt.train.kernels import Kernels
 
 BLOCK = 128  # queries that attend together: what lies past them is never computed
@@ -63,7 +63,8 @@ def fused_loss(
     sizes = (B, T, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
     spec = _Spec(kernels, sizes, tables, firsts, c.rms_norm_eps)
     x = trunk.embed_tokens(ids).view(B * T, c.hidden_size).to(dtype)
-    for layer, parts in zip(trunk.layers, _prepared(model, dtype), strict=True):
+    layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
+    for layer, parts in zip(layers, _prepared(layers, dtype), strict=True):
         gains = _gains(layer.self_attn, c)
         norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
         x = _Block.apply(x, *parts, *norms, gains, spec)
@@ -73,19 +74,19 @@ def fused_loss(
     return out
 
 
-def _prepared(model: GPT, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+def _prepared(layers: list[Block], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
     """Of each layer: query-key-value, output, gate-and-up and down weights in the working precision."""
-    layers = list(model.model.layers)
+    attention, mlp = [layer.self_attn for layer in layers], [layer.mlp for layer in layers]
     kinds = (
-        [w for x in layers for w in (x.self_attn.q_proj.weight, x.self_attn.k_proj.weight, x.self_attn.v_proj.weight)],
-        [x.self_attn.o_proj.weight for x in layers],
-        [w for x in layers for w in (x.mlp.gate_proj.weight, x.mlp.up_proj.weight)],
-        [x.mlp.down_proj.weight for x in layers],
+        [w for x in attention for w in (x.q_proj.weight, x.k_proj.weight, x.v_proj.weight)],
+        [x.o_proj.weight for x in attention],
+        [w for x in mlp for w in (x.gate_proj.weight, x.up_proj.weight)],
+        [x.down_proj.weight for x in mlp],
     )
     return list(zip(*(torch.cat(kind).to(dtype).chunk(len(layers)) for kind in kinds), strict=True))
 
 
-def _gains(attention: Any, config: GPTConfig) -> Tensor | None:
+def _gains(attention: Attention, config: GPTConfig) -> Tensor | None:
     """The gains of all query and key heads [H + K, D], or None."""
     if not config.qk_norm:
         return None
@@ -97,7 +98,7 @@ class _Block(torch.autograd.Function):
     """One residual block: x [N, C] -> [N, C]."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         qkv_w: Tensor,
@@ -126,7 +127,7 @@ class _Block(torch.autograd.Function):
         return torch.addmm(middle, hidden, down_w.t())
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (
             x, qkv_w, o_w, gate_up_w, down_w, norm_in, norm_mlp, gains, h, rstd, qkv, q, key, v, rstd_qk, y, middle,
             h_mlp, rstd_mlp, gate_up, hidden, *probs,
@@ -199,7 +200,7 @@ class _Head(torch.autograd.Function):
     """The final norm, the head and its loss: x [N, C] -> a summed loss. Gradients are made on the way forward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, norm: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, spec: _Spec
     ) -> Tensor:
         k = spec.kernels
@@ -220,7 +221,7 @@ class _Head(torch.autograd.Function):
         return torch.cat(losses).sum()
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, rstd, dh, dweight = ctx.saved_tensors
         dh, scale = dh * dout.to(dh.dtype), dout
         dx, dnorm = ctx.spec.kernels.rmsnorm_backward(dh, x, norm, rstd, torch.zeros_like(x))

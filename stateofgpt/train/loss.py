@@ -45,7 +45,9 @@ class LanguageModelLoss:
     """`loss(model, batch) -> summed loss in nats`, in one precision; plain, compiled, or `fused` (`train.fused`).
 
     Fused is the fastest on a CPU and needs a C compiler for a second, once on a machine; what it cannot do (other
-    architectures, long contexts) goes the plain way. What is compiled is one block, whose code then serves all of them, and the head with its loss: a third of the time
+    architectures, long contexts) goes the plain way.
+
+    What is compiled is one block, whose code then serves all of them, and the head with its loss: a third of the time
     it takes to compile the whole. The embedding look-up stays outside: its gradient is a scatter, which the compiler
     would turn into atomic adds whose order, and so whose rounding, differs from run to run.
     """
