@@ -135,3 +135,17 @@ def test_compiled_it_is_the_same_loss() -> None:
     except Exception as failure:  # a machine without a compiler says so in many ways
         pytest.skip(f"torch.compile does not work here: {type(failure).__name__}")
     assert compiled.item() == pytest.approx(LanguageModelLoss()(model, batch).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_documents_of_one_row_do_not_see_each_other(fused: bool) -> None:
+    """The loss of two documents in one row is the sum of their losses alone; id 0 begins a document."""
+    model = random_model()
+    ids = np.array([[0, 5, 6, 7, 0, 8, 9, 0]])
+    targets = np.roll(ids, -1, axis=1)
+    packed = Batch.of(ids, targets, begins=0)
+    assert packed.firsts is not None and packed.firsts.tolist() == [[0, 0, 0, 0, 4, 4, 4, 7]]
+    loss = LanguageModelLoss(fused=fused)
+    alone = sum(loss(model, Batch.of(ids[:, a:b], targets[:, a:b])).item() for a, b in ((0, 4), (4, 7), (7, 8)))
+    assert loss(model, packed).item() == pytest.approx(alone, rel=1e-5)
+    assert loss(model, Batch.of(ids, targets)).item() != pytest.approx(alone, rel=1e-5)

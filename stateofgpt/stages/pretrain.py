@@ -51,6 +51,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compiled: bool | None = None
     fused: bool | None = None
+    apart: bool = True  # documents of one row do not attend to each other
     warmup: int = 10
     decay_share: float = 0.6
     sample_at: tuple[float, ...] = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
@@ -80,6 +81,7 @@ class _Pretraining:
         self.tokenizer = Tokenizer.load(folder)
         self.shards = Shards.open(folder)
         self.weights = {s["name"]: s["weight"] for s in (run.stage("collect").result() or {})["sources"]}
+        self.begins = self.tokenizer.eot if config.apart else None
 
     def work(self) -> dict[str, Any]:
         plan = self.stage.decide("plan", self._plan)
@@ -93,7 +95,7 @@ class _Pretraining:
         watch = _Watch(self, model, steps)
         fit(
             trainer,
-            lambda step: [Batch.of(*batches.batch(step))],
+            lambda step: [Batch.of(*batches.batch(step), begins=self.begins)],
             loss,
             steps=steps,
             factor=lambda step: warmup_stable_decay(
@@ -213,7 +215,7 @@ class _Watch:
             if n_bytes == 0:
                 continue
             nats = sum(
-                loss(self.model, Batch.of(ids[i : i + 16], targets[i : i + 16], mask[i : i + 16])).item()
+                loss(self.model, Batch.of(*(x[i : i + 16] for x in (ids, targets, mask)), begins=work.begins)).item()
                 for i in range(0, len(ids), 16)
             )
             out[f"val_bpb_{name}"] = bits_per_byte(nats, n_bytes)

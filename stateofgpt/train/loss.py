@@ -23,22 +23,34 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids`, `targets` [B, T] int64; `weights` [B, T] float32, 0 where a target does not count."""
+    """`ids`, `targets` [B, T] int64; `weights` [B, T] float32, 0 where a target does not count.
+
+    `firsts` [B, T] int32, where there are any, is the place at which each position's document begins: a document then
+    never attends to the one before it in its row.
+    """
 
     ids: Tensor
     targets: Tensor
     weights: Tensor
+    firsts: Tensor | None = None
 
     @property
     def weight(self) -> float:
         return float(self.weights.sum())
 
     @staticmethod
-    def of(ids: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> Batch:
-        """From numpy arrays of shape [B, T]; without weights every target counts."""
+    def of(
+        ids: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None, *, begins: int | None = None
+    ) -> Batch:
+        """From numpy arrays of shape [B, T]; without weights every target counts. `begins` is the id with which every
+        document begins; with it, documents are kept apart."""
         targets_tensor = torch.from_numpy(targets)
         ones = torch.ones(targets.shape) if weights is None else torch.from_numpy(weights).float()
-        return Batch(torch.from_numpy(ids), targets_tensor, ones)
+        firsts = None
+        if begins is not None:
+            starts = np.where(ids == begins, np.arange(ids.shape[1], dtype=np.int32), np.int32(0))
+            firsts = torch.from_numpy(np.maximum.accumulate(starts, axis=1))
+        return Batch(torch.from_numpy(ids), targets_tensor, ones, firsts)
 
 
 class LanguageModelLoss:
@@ -66,12 +78,21 @@ class LanguageModelLoss:
     def __call__(self, model: GPT, batch: Batch) -> Tensor:
         if self.kernels is not None and fused_pass.fits(model, batch.ids):
             dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-            return fused_pass.fused_loss(self.kernels, model, batch.ids, batch.targets, batch.weights, dtype)
+            return fused_pass.fused_loss(
+                self.kernels, model, batch.ids, batch.targets, batch.weights, dtype, batch.firsts
+            )
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
             trunk = model.model
-            x = trunk.run(trunk.embed_tokens(batch.ids), run_block=self._block)
+            mask = None if batch.firsts is None else _seen(batch.firsts)
+            x = trunk.run(trunk.embed_tokens(batch.ids), mask, run_block=self._block)
             out: Tensor = self._head(trunk.norm, model.lm_head.weight, x, batch.targets, batch.weights)
         return out
+
+
+def _seen(firsts: Tensor) -> Tensor:
+    """The attention mask [B, 1, T, T] of documents that begin at `firsts` [B, T]: True where a query may look."""
+    places = torch.arange(firsts.shape[1], device=firsts.device)
+    return ((places <= places[:, None]) & (places >= firsts[:, :, None]))[:, None]
 
 
 def _block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
