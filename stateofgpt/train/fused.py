@@ -13,12 +13,12 @@ of logits, which become their own gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from stateofgpt.model.gpt import GPT, Attention, Block, GPTConfig
+from stateofgpt.model.gpt import GPT, Attention, Block, GPTConfig, Trunk
 from stateofgpt.train.kernels import Kernels
 
 BLOCK = 128  # queries that attend together: what lies past them is never computed
@@ -37,8 +37,15 @@ class _Spec:
     eps: float
 
 
-def fits(model: GPT, ids: Tensor) -> bool:
-    """Whether `fused_loss` can take this model and ids [B, T]."""
+class Decoder(Protocol):
+    """Anything on a decoder's trunk: a language model, a reward model, a value model."""
+
+    config: GPTConfig
+    model: Trunk
+
+
+def fits(model: Decoder, ids: Tensor) -> bool:
+    """Whether the fused pass can take this model and ids [B, T]."""
     known = model.config.arch in ("qwen3", "llama") and model.config.head_dim % 2 == 0
     return known and ids.shape[1] <= LONGEST and ids.device.type == "cpu"
 
@@ -56,6 +63,24 @@ def fused_loss(
 
     `firsts` [B, T] int32 is where each position's document begins: nothing before it is attended to.
     """
+    x, spec = _blocks(kernels, model, ids, dtype, firsts)
+    out: Tensor = _Head.apply(
+        x, model.model.norm.weight, model.lm_head.weight.to(dtype), targets.reshape(-1), weights.reshape(-1), spec
+    )
+    return out
+
+
+def fused_hidden(kernels: Kernels, model: Decoder, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Final hidden states [B, T, C] of `ids` [B, T], after the last norm, in `dtype`."""
+    x, spec = _blocks(kernels, model, ids, dtype, None)
+    out: Tensor = _Norm.apply(x, model.model.norm.weight, spec)
+    return out.view(*ids.shape, -1)
+
+
+def _blocks(
+    kernels: Kernels, model: Decoder, ids: Tensor, dtype: torch.dtype, firsts: Tensor | None
+) -> tuple[Tensor, _Spec]:
+    """Everything from the embedding up to the final norm: [B T, C]."""
     c, trunk = model.config, model.model
     B, T = ids.shape
     half = c.head_dim // 2
@@ -68,10 +93,7 @@ def fused_loss(
         gains = _gains(layer.self_attn, c)
         norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
         x = _Block.apply(x, *parts, *norms, gains, spec)
-    out: Tensor = _Head.apply(
-        x, trunk.norm.weight, model.lm_head.weight.to(dtype), targets.reshape(-1), weights.reshape(-1), spec
-    )
-    return out
+    return x, spec
 
 
 def _prepared(layers: list[Block], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
@@ -194,6 +216,23 @@ def _per_query_head(x: Tensor, group: int) -> Tensor:
     """Keys or values [B, K, T, D] as [B H, T, D], repeated for the query heads that share them."""
     B, K, T, D = x.shape
     return x[:, :, None].expand(B, K, group, T, D).reshape(B * K * group, T, D)
+
+
+class _Norm(torch.autograd.Function):
+    """The final norm alone: x [N, C] -> [N, C]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor, spec: _Spec) -> Tensor:
+        y, rstd = spec.kernels.rmsnorm(x, norm, spec.eps)
+        ctx.spec = spec
+        ctx.save_for_backward(x, norm, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, rstd = ctx.saved_tensors
+        dx, dnorm = ctx.spec.kernels.rmsnorm_backward(dy.contiguous(), x, norm, rstd, torch.zeros_like(x))
+        return dx, dnorm, None
 
 
 class _Head(torch.autograd.Function):

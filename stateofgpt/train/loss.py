@@ -17,8 +17,45 @@ from stateofgpt.errors import ModelError
 from stateofgpt.model.gpt import GPT
 from stateofgpt.train import fused as fused_pass
 from stateofgpt.train import kernels
+from stateofgpt.train.kernels import Kernels
 
 Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a forward pass for training runs: its precision, and whether through the fused kernels."""
+
+    dtype: Dtype = "float32"
+    fused: bool = False
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """The kernels, where they are asked for. Raises ModelError where they cannot be had."""
+        if not self.fused:
+            return None
+        found = kernels.load()
+        if found is None:
+            raise ModelError(
+                "this run uses the fused kernels, and they cannot be compiled here: install a C compiler with OpenMP"
+            )
+        return found
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    def hidden(self, model: fused_pass.Decoder, ids: Tensor) -> Tensor:
+        """Final hidden states [B, T, C] of `ids` [B, T]; what follows a document in its row is not seen by it."""
+        if (found := self.kernels) is not None and fused_pass.fits(model, ids):
+            return fused_pass.fused_hidden(found, model, ids, self.torch_dtype)
+        with self.autocast():
+            out: Tensor = model.model(ids)
+        return out
+
+    def autocast(self) -> torch.autocast:
+        """Torch's automatic choice of precision, for what is not fused."""
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -65,23 +102,17 @@ class LanguageModelLoss:
     """
 
     def __init__(self, dtype: Dtype = "float32", compiled: bool = False, fused: bool = False) -> None:
-        self.dtype: Dtype = dtype
-        self.compiled = compiled
-        self.kernels = kernels.load() if fused else None
-        if fused and self.kernels is None:
-            raise ModelError(
-                "this run uses the fused kernels, and they cannot be compiled here: install a C compiler with OpenMP"
-            )
+        self.way = Way(dtype, fused)
+        self.kernels = self.way.kernels
         self._block = torch.compile(_block, dynamic=False) if compiled else _block
         self._head = torch.compile(_head, dynamic=False) if compiled else _head
 
     def __call__(self, model: GPT, batch: Batch) -> Tensor:
         if self.kernels is not None and fused_pass.fits(model, batch.ids):
-            dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
             return fused_pass.fused_loss(
-                self.kernels, model, batch.ids, batch.targets, batch.weights, dtype, batch.firsts
+                self.kernels, model, batch.ids, batch.targets, batch.weights, self.way.torch_dtype, batch.firsts
             )
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        with self.way.autocast():
             trunk = model.model
             mask = None if batch.firsts is None else _seen(batch.firsts)
             x = trunk.run(trunk.embed_tokens(batch.ids), mask, run_block=self._block)
