@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,14 +32,19 @@ def random_model(seed: int = 0, config: GPTConfig = CONFIG) -> GPT:
     return model
 
 
+GPT2 = replace(CONFIG, arch="gpt2", num_key_value_heads=2)
+FAMILIES = pytest.mark.parametrize("config", [CONFIG, GPT2], ids=["qwen3", "gpt2"])
+
+
 def random_batch(rows: int = 3, seed: int = 1) -> Batch:
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 40, (rows, 13))
     return Batch.of(ids[:, :-1].copy(), ids[:, 1:].copy(), (rng.random((rows, 12)) < 0.4).astype(np.float32))
 
 
-def test_it_is_the_sum_of_minus_log_probabilities_where_weights_are_one() -> None:
-    model, batch = random_model(), random_batch()
+@FAMILIES
+def test_it_is_the_sum_of_minus_log_probabilities_where_weights_are_one(config: GPTConfig) -> None:
+    model, batch = random_model(config=config), random_batch()
     by_hand = 0.0
     for ids, targets, weights in zip(batch.ids, batch.targets, batch.weights, strict=True):
         for t in range(12):  # every prediction on its own, from the tokens before it
@@ -55,8 +61,9 @@ def test_it_agrees_with_what_the_engine_side_scores() -> None:
     assert LanguageModelLoss()(model, ones).item() == pytest.approx(total, rel=1e-5)
 
 
-def test_its_gradient_is_that_of_finite_differences() -> None:
-    model, batch = random_model().double(), random_batch()
+@FAMILIES
+def test_its_gradient_is_that_of_finite_differences(config: GPTConfig) -> None:
+    model, batch = random_model(config=config).double(), random_batch()
     loss = LanguageModelLoss()  # its cross-entropy is in float32: a central difference of 1e-2 is above that noise
     loss(model, batch).backward()
     g = torch.Generator().manual_seed(4)
@@ -99,8 +106,9 @@ def test_one_row_of_one_token_is_enough() -> None:
     assert LanguageModelLoss()(model, batch).item() == pytest.approx(-score(model, [[5, 6]])[0][0], rel=1e-5)
 
 
-def test_bfloat16_is_near_and_keeps_weights_and_gradients_in_float32() -> None:
-    model, batch = random_model(), random_batch()
+@FAMILIES
+def test_bfloat16_is_near_and_keeps_weights_and_gradients_in_float32(config: GPTConfig) -> None:
+    model, batch = random_model(config=config), random_batch()
     whole = LanguageModelLoss("float32")(model, batch).item()
     value = LanguageModelLoss("bfloat16")(model, batch)
     value.backward()
@@ -128,10 +136,15 @@ def test_a_sure_and_wrong_model_has_a_large_finite_loss() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_it_is_the_same_loss() -> None:
-    model, batch = random_model(), random_batch()
+@FAMILIES
+def test_compiled_it_is_the_same_loss_with_the_same_gradients(config: GPTConfig) -> None:
+    model, batch = random_model(config=config), random_batch()
     try:
         compiled = LanguageModelLoss(compiled=True)(model, batch)
     except Exception as failure:  # a machine without a compiler says so in many ways
         pytest.skip(f"torch.compile does not work here: {type(failure).__name__}")
-    assert compiled.item() == pytest.approx(LanguageModelLoss()(model, batch).item(), rel=1e-5)
+    eager = LanguageModelLoss()(model, batch)
+    assert compiled.item() == pytest.approx(eager.item(), rel=1e-5)
+    params = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(compiled, params), torch.autograd.grad(eager, params), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-5)
