@@ -163,7 +163,7 @@ def _rotary(arch: Arch, raw: Mapping[str, Any], where: str) -> GPTConfig:
     theta, scaling = _rope(raw, where)
     return GPTConfig(
         arch,
-        **_sizes(raw, where),
+        **_sizes(arch, raw, where),
         rope_theta=theta,
         rms_norm_eps=_positive(raw, "rms_norm_eps", 1e-6, where),
         tie_word_embeddings=_flag(raw, "tie_word_embeddings", False, where),
@@ -189,13 +189,13 @@ def _gpt2(raw: Mapping[str, Any], where: str) -> GPTConfig:
     )
 
 
-def _sizes(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _sizes(arch: Arch, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     sizes = dict(raw)
     sizes["num_key_value_heads"] = raw.get("num_key_value_heads") or raw.get("num_attention_heads")
     if raw.get("head_dim") is None:  # LLaMA's rule; Qwen3's own default is 128
         known = type(raw.get("hidden_size")) is int and type(raw.get("num_attention_heads")) is int
         heads = raw["num_attention_heads"] if known else 0
-        sizes["head_dim"] = 128 if raw.get("model_type") == "qwen3" else raw["hidden_size"] // heads if heads else None
+        sizes["head_dim"] = 128 if arch == "qwen3" else raw["hidden_size"] // heads if heads else None
     return {name: _whole(sizes, name, where) for name in _SIZES}
 
 
