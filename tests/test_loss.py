@@ -11,7 +11,8 @@ import torch
 
 from stateofgpt.infer.score import score
 from stateofgpt.model.gpt import GPT, GPTConfig
-from stateofgpt.train.loss import Batch, LanguageModelLoss
+from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
+from stateofgpt.train.optim import MuonAdamW, OptimConfig
 
 CONFIG = GPTConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -133,6 +134,20 @@ def test_a_sure_and_wrong_model_has_a_large_finite_loss() -> None:
     value.backward()
     assert math.isfinite(value.item()) and value.item() > 1e5
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpt2_learns_what_comes_next_in_a_text_that_repeats(dtype: Dtype) -> None:
+    model, loss = GPT(GPT2), LanguageModelLoss(dtype)
+    model.init_weights(torch.Generator().manual_seed(0))
+    optimizer = MuonAdamW(model.named_parameters(), OptimConfig(lr=0.03))
+    text = torch.arange(13).repeat(2, 1) * torch.tensor([[1], [3]]) % 40  # either counts by ones or by threes
+    batch = Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), torch.ones(2, 12))
+    for _ in range(60):
+        optimizer.zero_grad()
+        (loss(model, batch) / batch.weight).backward()
+        optimizer.step(1.0)
+    assert loss(model, batch).item() / batch.weight < 0.2  # the first step can only guess: log(2) / 12
 
 
 @pytest.mark.slow
