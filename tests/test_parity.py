@@ -270,8 +270,11 @@ def test_a_reward_model_written_by_transformers_loads_here(shape: str, tmp_path:
         assert (load_reward(tmp_path / "r")(ids) - expected).abs().max() <= 1e-4
 
 
-def test_transformers_reads_the_tokenizer_and_the_chat_template(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    save_checkpoint(tmp_path / "c", random_model(SHAPES["qwen3"]), tokenizer=tokenizer, stage="sft", run="test")
+@pytest.mark.parametrize("shape", ["qwen3", "llama", "gpt2"])
+def test_transformers_reads_the_tokenizer_and_the_chat_template(
+    shape: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    save_checkpoint(tmp_path / "c", random_model(SHAPES[shape]), tokenizer=tokenizer, stage="sft", run="test")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "c")
     assert theirs("What is 4729 + 386?\n é漢")["input_ids"] == tokenizer.encode("What is 4729 + 386?\n é漢")
     named = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
@@ -293,13 +296,16 @@ def test_transformers_reads_the_tokenizer_and_the_chat_template(tmp_path: Path, 
     assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == rendered
 
 
-def test_transformers_generates_what_our_own_greedy_loop_writes(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    model = random_model(SHAPES["qwen3"])
+@pytest.mark.parametrize("shape", ["qwen3", "llama", "gpt2"])
+def test_transformers_generates_what_our_own_greedy_loop_writes(
+    shape: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    model = random_model(SHAPES[shape])
     save_checkpoint(tmp_path / "c", model, tokenizer=tokenizer, stage="sft", run="test")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c")
     stops = theirs.generation_config.eos_token_id
     assert set(stops) == {tokenizer.im_end, tokenizer.eot}
-    ids = some_ids(SHAPES["qwen3"], batch=1)[:, :5]
+    ids = some_ids(SHAPES[shape], batch=1)[:, :5]
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
     with torch.no_grad():
         while ids.shape[1] < 25 and ids[0, -1] not in stops:
