@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stateofgpt.errors import ModelError
 from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.model.rotary import RopeScaling
 from stateofgpt.train import fused
 from stateofgpt.train import loss as loss_module
 from stateofgpt.train.kernels import load
@@ -33,6 +34,12 @@ SHAPES = {
     "one head, one layer": replace(BASE, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1),
     "untied": replace(BASE, tie_word_embeddings=False),
     "narrow": replace(BASE, hidden_size=6, head_dim=2, intermediate_size=5),
+    "stretched": replace(BASE, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 40)),
+}
+PLAIN = {  # what the fused pass does not know
+    "gpt2": replace(BASE, arch="gpt2", hidden_size=64),
+    "biased attention": replace(BASE, attention_bias=True),
+    "biased feed-forward": replace(BASE, arch="llama", mlp_bias=True),
 }
 
 
@@ -57,6 +64,13 @@ def gradients(model: GPT, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_the_fused_pass_does_not_know_goes_the_plain_way(name: str) -> None:
+    model, batch = model_of(PLAIN[name]), batch_of(PLAIN[name], 2, 30)
+    assert not fused.fits(model, batch.ids)
+    assert torch.equal(LanguageModelLoss(fused=True)(model, batch), LanguageModelLoss()(model, batch))
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -160,6 +160,15 @@ def test_muon_takes_the_matrices_of_the_layers_and_nothing_else() -> None:
     assert not MuonAdamW(GPT(shape).named_parameters(), PLAIN).stacks
 
 
+def test_in_gpt2_muon_takes_the_hidden_matrices_and_neither_positions_nor_biases() -> None:
+    shape = GPTConfig("gpt2", 64, 32, 2, 2, 2, 16, 128, 16)
+    optimizer = MuonAdamW(GPT(shape).named_parameters(), OptimConfig())
+    stacked = {name for names in optimizer.stacks for name in names}
+    assert len(stacked) == 2 * 6 and all(name.endswith("_proj.weight") for name in stacked)
+    assert {"model.embed_tokens.weight", "model.embed_positions.weight"} <= set(optimizer.adam)
+    assert len(optimizer.adam) == 2 + 2 * (6 + 2 * 2) + 2  # embeddings, biases and norms of the blocks, last norm
+
+
 # ----------------------------------------------------------------------------------------------------------- AdamW
 
 

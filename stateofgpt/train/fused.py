@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stateofgpt.model.gpt import GPT, Attention, Block, GPTConfig, Trunk
+from stateofgpt.model.gpt import GPT, MLP, Attention, Block, GPTConfig, Trunk
 from stateofgpt.train.kernels import Kernels
 
 BLOCK = 128  # queries that attend together: what lies past them is never computed
@@ -45,8 +45,9 @@ class Decoder(Protocol):
 
 
 def fits(model: Decoder, ids: Tensor) -> bool:
-    """Whether the fused pass can take this model and ids [B, T]."""
-    known = model.config.arch in ("qwen3", "llama") and model.config.head_dim % 2 == 0
+    """Whether the fused pass can take this model and ids [B, T]; it knows no biases."""
+    c = model.config
+    known = c.arch in ("qwen3", "llama") and c.head_dim % 2 == 0 and not (c.attention_bias or c.mlp_bias)
     return known and ids.shape[1] <= LONGEST and ids.device.type == "cpu"
 
 
@@ -98,7 +99,7 @@ def _blocks(
 
 def _prepared(layers: list[Block], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
     """Of each layer: query-key-value, output, gate-and-up and down weights in the working precision."""
-    attention, mlp = [layer.self_attn for layer in layers], [layer.mlp for layer in layers]
+    attention, mlp = [x.self_attn for x in layers], [x.mlp for x in layers if isinstance(x.mlp, MLP)]
     kinds = (
         [w for x in attention for w in (x.q_proj.weight, x.k_proj.weight, x.v_proj.weight)],
         [x.o_proj.weight for x in attention],
