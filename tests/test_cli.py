@@ -21,7 +21,7 @@ from stateofgpt.config import apply_overrides, to_dict
 from stateofgpt.errors import DataError, InterruptedRun
 from stateofgpt.run import STAGES, Run
 
-VERBS = ("run", *STAGE_VERBS, "report", "sample", "logprobs", "chat", "serve", "improve", "runs")
+VERBS = ("run", *STAGE_VERBS, "report", "sample", "logprobs", "chat", "serve", "improve", "import", "runs")
 
 
 @dataclass(frozen=True)

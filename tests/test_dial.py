@@ -8,7 +8,7 @@ import torch
 from stateofgpt.errors import ConfigError
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.train import dial
-from stateofgpt.train.dial import SHAPES, choose, choose_dtype, measure_rate, peak_memory_bytes, shape, timed_steps
+from stateofgpt.train.dial import SHAPES, choose, choose_way, measure_rate, peak_memory_bytes, shape, timed_steps
 
 
 @pytest.fixture(autouse=True)
@@ -21,17 +21,26 @@ def parameters(width: int, layers: int, vocab: int) -> int:
     return vocab * width + layers * (4 * width**2 + 3 * width * 3 * width + 2 * width + 2 * 64) + width
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, flops: float, *, bf16: float = 2.0, compiler: bool = True) -> list[str]:
+def machine(
+    monkeypatch: pytest.MonkeyPatch,
+    flops: float,
+    *,
+    bf16: float = 2.0,
+    compiler: bool = True,
+    kernels: float | None = None,
+) -> list[str]:
     """A machine of so many operations a second; returns what was measured on it."""
     asked: list[str] = []
 
-    def rate(config: GPTConfig, dtype: str, *, rows: int, context: int, repeats: int = 2) -> float:
-        asked.append(f"{config.hidden_size}x{config.num_hidden_layers} {dtype}")
+    def rate(config: GPTConfig, dtype: str, *, rows: int, context: int, repeats: int = 2, fused: bool = False) -> float:
+        asked.append(f"{config.hidden_size}x{config.num_hidden_layers} {dtype}{' fused' if fused else ''}")
         n = parameters(config.hidden_size, config.num_hidden_layers, config.vocab_size)
-        return flops * (bf16 if dtype == "bfloat16" else 1.0) / (6 * n)
+        gain = kernels if fused and kernels is not None else 1.0
+        return flops * (bf16 if dtype == "bfloat16" else 1.0) * gain / (6 * n)
 
     monkeypatch.setattr(dial, "measure_rate", rate)
     monkeypatch.setattr(dial, "can_compile", lambda: compiler)
+    monkeypatch.setattr(dial, "can_fuse", lambda: kernels is not None)
     return asked
 
 
@@ -71,10 +80,21 @@ def test_it_stops_measuring_once_models_are_too_large(monkeypatch: pytest.Monkey
 
 def test_precision_is_what_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 1e10, bf16=1.5)
-    assert choose_dtype(1024, 64) == "bfloat16"
+    assert choose_way(1024, 64) == ("bfloat16", False)
     assert choose(1024, 64, 30.0, rows=8).dtype == "bfloat16"
     machine(monkeypatch, 1e10, bf16=0.9)
-    assert choose_dtype(1024, 64) == "float32"
+    assert choose_way(1024, 64) == ("float32", False)
+
+
+def test_fused_kernels_are_taken_where_they_are_faster_and_nothing_is_compiled_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch, 1e10, kernels=1.5)
+    made = choose(1024, 64, 600.0, rows=8)
+    assert made.fused and made.dtype == "bfloat16" and not made.compiled
+    machine(monkeypatch, 1e10, kernels=0.9)
+    made = choose(1024, 64, 600.0, rows=8)
+    assert not made.fused and made.compiled
 
 
 def test_compilation_needs_a_compiler_and_time_to_earn_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from stateofgpt.infer.engine import Completion, Engine
 from stateofgpt.infer.loop import EngineLoop
 from stateofgpt.infer.sampling import SamplingParams, derive_seed
 from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.model.rotary import RopeScaling
 
 VOCAB = 96
 
@@ -30,6 +31,9 @@ def make_model(arch: str = "qwen3", kv_heads: int = 2, seed: int = 0) -> GPT:
         intermediate_size=48,
         max_position_embeddings=64,
         tie_word_embeddings=False,
+        attention_bias=arch == "llama",
+        mlp_bias=arch == "llama",
+        rope_scaling=RopeScaling(4.0, 1.0, 4.0, 16) if arch == "llama" else None,
     )
     torch.manual_seed(seed)
     model = GPT(config)
@@ -64,7 +68,7 @@ def assert_same(found: Completion, wanted: Completion) -> None:
     assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("arch,kv_heads", [("qwen3", 2), ("qwen3", 4), ("llama", 1)])
+@pytest.mark.parametrize("arch,kv_heads", [("qwen3", 2), ("qwen3", 4), ("llama", 1), ("gpt2", 4)])
 def test_greedy_decoding_with_refill_equals_running_the_whole_model_again_for_each_token(
     arch: str, kv_heads: int
 ) -> None:
@@ -87,8 +91,11 @@ def test_a_batch_is_at_work_at_once_and_a_free_row_is_refilled_at_the_next_step(
     assert engine.idle and engine.step() == []
 
 
-def test_sampled_tokens_and_reported_logprobs_are_the_same_alone_in_a_batch_and_by_score() -> None:
-    model = make_model()
+@pytest.mark.parametrize("arch,kv_heads", [("qwen3", 2), ("llama", 1), ("gpt2", 4)])
+def test_sampled_tokens_and_reported_logprobs_are_the_same_alone_in_a_batch_and_by_score(
+    arch: str, kv_heads: int
+) -> None:
+    model = make_model(arch, kv_heads)
     prompts = prompts_of(4, 9, 4, 13, 1, 7)
     params = [SamplingParams(max_tokens=12, temperature=0.8, top_p=0.9, seed=i) for i in range(len(prompts))]
     together = Engine(model, max_batch=4).complete(prompts, params)
@@ -125,10 +132,11 @@ def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same(one, naive_greedy(model, prompt, 5))
 
 
+@pytest.mark.parametrize("arch,kv_heads", [("qwen3", 2), ("gpt2", 4)])
 def test_score_is_the_log_softmax_of_the_forward_pass_for_any_mixture_of_lengths(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, arch: str, kv_heads: int
 ) -> None:
-    model = make_model()
+    model = make_model(arch, kv_heads)
     monkeypatch.setattr("stateofgpt.infer.score._LOGITS", 40 * VOCAB)  # several chunks
     texts = [*prompts_of(12, 3, 20, 65, 2, 3), [], [7]]
     for ids, found in zip(texts, Engine(model).score(texts), strict=True):
@@ -156,8 +164,9 @@ def test_a_full_context_ends_with_length_and_a_prompt_without_room_is_refused() 
         engine.add([1, 96], SamplingParams())
 
 
-def test_a_held_request_is_extended_as_if_its_whole_text_had_been_the_prompt() -> None:
-    model = make_model()
+@pytest.mark.parametrize("arch,kv_heads", [("qwen3", 2), ("gpt2", 4)])
+def test_a_held_request_is_extended_as_if_its_whole_text_had_been_the_prompt(arch: str, kv_heads: int) -> None:
+    model = make_model(arch, kv_heads)
     engine = Engine(model, max_batch=3)
     prompts, more = prompts_of(5, 11, 7), prompts_of(4, 1, 9, seed=2)
     params = SamplingParams(max_tokens=8, temperature=0.0)
@@ -226,8 +235,11 @@ def test_cancelling_frees_the_row_for_the_next_step_and_disturbs_nobody() -> Non
     assert engine.idle
 
 
-def test_random_arrivals_cancellations_and_holds_leave_every_answer_as_the_twin_has_it() -> None:
-    model = make_model()
+@pytest.mark.parametrize("arch,kv_heads", [("qwen3", 2), ("llama", 1), ("gpt2", 4)])
+def test_random_arrivals_cancellations_and_holds_leave_every_answer_as_the_twin_has_it(
+    arch: str, kv_heads: int
+) -> None:
+    model = make_model(arch, kv_heads)
     engine = Engine(model, max_batch=5)
     rng = random.Random(3)
     prompts: dict[int, list[int]] = {}
@@ -252,8 +264,9 @@ def test_random_arrivals_cancellations_and_holds_leave_every_answer_as_the_twin_
         assert seen[request] == naive_greedy(model, prompt, len(seen[request])).ids
 
 
-def test_refresh_takes_over_new_weights_and_is_refused_while_a_request_is_under_way() -> None:
-    model, other = make_model(seed=0), make_model(seed=1)
+@pytest.mark.parametrize("arch,kv_heads", [("qwen3", 2), ("gpt2", 4)])
+def test_refresh_takes_over_new_weights_and_is_refused_while_a_request_is_under_way(arch: str, kv_heads: int) -> None:
+    model, other = make_model(arch, kv_heads, seed=0), make_model(arch, kv_heads, seed=1)
     engine = Engine(model)
     prompt = prompts_of(6)[0]
     params = SamplingParams(max_tokens=5, temperature=0.0)
@@ -267,8 +280,9 @@ def test_refresh_takes_over_new_weights_and_is_refused_while_a_request_is_under_
     assert_same(engine.complete([prompt], params)[0], naive_greedy(other, prompt, 5))
 
 
-def test_bfloat16_stays_close_to_float32() -> None:
-    model = make_model()
+@pytest.mark.parametrize("arch,kv_heads", [("qwen3", 2), ("gpt2", 4)])
+def test_bfloat16_stays_close_to_float32(arch: str, kv_heads: int) -> None:
+    model = make_model(arch, kv_heads)
     prompt = prompts_of(10)[0]
     exact = Engine(model).complete([prompt], SamplingParams(max_tokens=4, temperature=0.0))[0]
     rough = Engine(model, dtype=torch.bfloat16).complete([prompt], SamplingParams(max_tokens=4, temperature=0.0))[0]

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from stateofgpt.errors import ConfigError
-from stateofgpt.model.gpt import GPT, GPTConfig, rotary_tables, rotate
+from stateofgpt.model.gpt import GPT, GPTConfig, rotary_tables
+from stateofgpt.model.rotary import RopeScaling, rotary_angles, rotate
 
 CONFIG = GPTConfig(
     vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     head_dim=6, intermediate_size=40, max_position_embeddings=20,
 )  # fmt: skip
+GPT2 = replace(CONFIG, arch="gpt2", num_key_value_heads=4)
+CONFIGS = {
+    "qwen3": CONFIG,
+    "llama": replace(CONFIG, arch="llama"),
+    "llama, biased": replace(CONFIG, arch="llama", attention_bias=True, mlp_bias=True),
+    "gpt2": GPT2,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,15 +43,25 @@ def some_ids(rows: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("arch", ["qwen3", "llama"])
+@pytest.mark.parametrize("arch", CONFIGS)
 def test_no_token_sees_what_comes_after_it(arch: str) -> None:
-    model, ids = random_model(replace(CONFIG, arch=arch)), some_ids()  # type: ignore[arg-type]
+    model, ids = random_model(CONFIGS[arch]), some_ids()
     logits = model(ids)
     for t in (1, 5, 11):
         changed = ids.clone()
         changed[:, t:] = (changed[:, t:] + 1) % 50
         assert torch.allclose(model(changed)[:, :t], logits[:, :t], atol=1e-5)
         assert not torch.allclose(model(changed)[:, t], logits[:, t], atol=1e-2)
+
+
+def test_in_gpt2_the_place_itself_matters_and_the_token_behind_a_place_is_the_one_given() -> None:
+    model, ids = random_model(GPT2), some_ids()
+    assert torch.equal(model(ids, positions=torch.arange(12)[None]), model(ids))
+    moved = model(ids, positions=torch.arange(12)[None].expand(2, -1) + 8)
+    assert not torch.allclose(moved, model(ids), atol=1e-2)
+    with torch.no_grad():  # as if the vectors of these places were the first ones
+        model.model.embed_positions.weight[:12] = model.model.embed_positions.weight[8:].clone()
+    assert torch.allclose(model(ids), moved, atol=1e-5)
 
 
 def test_order_matters_but_only_distance_does() -> None:
@@ -52,8 +72,9 @@ def test_order_matters_but_only_distance_does() -> None:
     assert torch.allclose(model(ids, positions=moved), model(ids), atol=1e-4)
 
 
-def test_rows_padded_on_the_left_read_the_same_with_their_mask_and_positions() -> None:
-    model, ids = random_model(), some_ids(1, 7)
+@pytest.mark.parametrize("config", [CONFIG, GPT2], ids=["qwen3", "gpt2"])
+def test_rows_padded_on_the_left_read_the_same_with_their_mask_and_positions(config: GPTConfig) -> None:
+    model, ids = random_model(config), some_ids(1, 7)
     alone = model(ids)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.int64), ids], dim=1)
     real = torch.tensor([[False] * 4 + [True] * 7])
@@ -62,8 +83,9 @@ def test_rows_padded_on_the_left_read_the_same_with_their_mask_and_positions() -
     assert torch.allclose(model(padded, mask, positions)[:, 4:], alone, atol=1e-4)
 
 
-def test_a_block_mask_keeps_two_texts_in_one_row_apart() -> None:
-    model, first, second = random_model(), some_ids(1, 5, 2), some_ids(1, 6, 3)
+@pytest.mark.parametrize("config", [CONFIG, GPT2], ids=["qwen3", "gpt2"])
+def test_a_block_mask_keeps_two_texts_in_one_row_apart(config: GPTConfig) -> None:
+    model, first, second = random_model(config), some_ids(1, 5, 2), some_ids(1, 6, 3)
     row = torch.cat([first, second], dim=1)
     text = torch.tensor([0] * 5 + [1] * 6)
     mask = ((text[:, None] == text[None, :]) & torch.ones(11, 11, dtype=torch.bool).tril())[None, None]
@@ -99,6 +121,17 @@ def test_a_new_model_is_the_identity_between_embedding_and_head() -> None:
     assert torch.allclose(model(ids), normed @ model.model.embed_tokens.weight.T, atol=1e-5)
 
 
+def test_a_new_gpt2_is_the_identity_too_and_its_biases_are_zero() -> None:
+    model = GPT(GPT2)
+    model.init_weights(torch.Generator().manual_seed(0))
+    ids = some_ids()
+    x = model.model.embed_tokens(ids) + model.model.embed_positions.weight[:12]
+    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + GPT2.rms_norm_eps).sqrt()
+    assert torch.allclose(model(ids), normed @ model.model.embed_tokens.weight.T, atol=1e-5)
+    assert all(not p.any() for n, p in model.named_parameters() if n.endswith(".bias"))
+    assert model.model.embed_positions.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_initialisation_is_a_function_of_the_generator_alone() -> None:
     wide = replace(CONFIG, hidden_size=192, intermediate_size=384, num_hidden_layers=1)
     models = [GPT(wide) for _ in range(3)]
@@ -122,6 +155,12 @@ def test_parameters_are_counted_once(arch: str, tied: bool) -> None:
     assert GPT(config).n_params() == 50 * c * (1 if tied else 2) + 2 * per_layer + c
 
 
+def test_parameters_of_gpt2_are_those_that_its_paper_counts() -> None:
+    small = GPTConfig("gpt2", 50257, 768, 12, 12, 12, 64, 3072, 1024)
+    with torch.device("meta"):
+        assert GPT(small).n_params() == 124_439_808
+
+
 def test_a_tied_head_is_the_embedding_and_stays_so() -> None:
     model = random_model()
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -131,9 +170,12 @@ def test_a_tied_head_is_the_embedding_and_stays_so() -> None:
     assert not {n for n in model.state_dict() if n.endswith((".cos", ".sin"))}
 
 
-def test_gradients_agree_with_finite_differences_in_double_precision() -> None:
+@pytest.mark.parametrize("arch", ["qwen3", "gpt2"])
+def test_gradients_agree_with_finite_differences_in_double_precision(arch: str) -> None:
     tiny = replace(CONFIG, hidden_size=6, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
                    head_dim=4, intermediate_size=5, vocab_size=7)  # fmt: skip
+    if arch == "gpt2":
+        tiny = replace(tiny, arch="gpt2", hidden_size=8, num_key_value_heads=2)
     model = random_model(tiny).double()
     ids = torch.tensor([[1, 3, 2, 6]])
     embedded = model.model.embed_tokens(ids).detach().requires_grad_()
@@ -145,7 +187,7 @@ def test_gradients_agree_with_finite_differences_in_double_precision() -> None:
     [
         {"vocab_size": 0}, {"hidden_size": -3}, {"num_hidden_layers": 0}, {"num_attention_heads": 0},
         {"num_key_value_heads": 0}, {"num_key_value_heads": 3}, {"head_dim": 7}, {"intermediate_size": 0},
-        {"max_position_embeddings": 0},
+        {"max_position_embeddings": 0}, {"mlp_bias": True},
     ],
 )  # fmt: skip
 def test_a_shape_that_cannot_be_is_refused_by_name(wrong: dict[str, int]) -> None:
@@ -153,8 +195,43 @@ def test_a_shape_that_cannot_be_is_refused_by_name(wrong: dict[str, int]) -> Non
         replace(CONFIG, **wrong)
 
 
-def test_a_text_longer_than_the_context_is_refused() -> None:
-    model = random_model()
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"num_key_value_heads": 2}, r"num_key_value_heads is 2, in gpt2 it must be num_attention_heads \(4\)"),
+        ({"head_dim": 8}, "head_dim is 8, in gpt2 it must be hidden_size / num_attention_heads"),
+        ({"attention_bias": True}, "gpt2 always has biases"),
+        ({"rope_scaling": RopeScaling()}, "never rotary"),
+    ],
+)
+def test_what_gpt2_cannot_have_is_refused_with_the_reason(wrong: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        replace(GPT2, **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"factor": 0.5}, {"low_freq_factor": 4.0}, {"low_freq_factor": 0.0}, {"original_max_position_embeddings": 0}],
+)
+def test_a_stretching_that_cannot_be_is_refused_by_name(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        RopeScaling(**wrong)  # type: ignore[arg-type]
+
+
+def test_stretching_slows_what_turns_less_than_once_and_leaves_what_turns_often() -> None:
+    scaling = RopeScaling(8.0, 1.0, 4.0, 100)
+    plain, stretched = (rotary_angles(64, 5000.0, 2, s)[1].double() for s in (None, scaling))
+    turns = plain * 100 / (2 * math.pi)  # within the original context
+    assert torch.allclose(stretched[turns >= 4], plain[turns >= 4], rtol=1e-6)
+    assert torch.allclose(stretched[turns <= 1], plain[turns <= 1] / 8, rtol=1e-6)
+    between = (turns > 1) & (turns < 4)
+    assert between.sum() >= 4 and (turns <= 1).sum() >= 4
+    assert bool((stretched < plain)[between].all() and (stretched > plain / 8)[between].all())
+
+
+@pytest.mark.parametrize("config", [CONFIG, GPT2], ids=["qwen3", "gpt2"])
+def test_a_text_longer_than_the_context_is_refused(config: GPTConfig) -> None:
+    model = random_model(config)
     assert model(some_ids(1, 20)).shape == (1, 20, 50)
     with pytest.raises(ConfigError, match="21 tokens do not fit a context of 20"):
         model(some_ids(1, 21))

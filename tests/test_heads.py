@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from stateofgpt.model.gpt import GPT, GPTConfig
@@ -14,8 +17,11 @@ CONFIG = GPTConfig(
 )  # fmt: skip
 
 
-def some_gpt(seed: int = 0) -> GPT:
-    gpt = GPT(CONFIG)
+GPT2 = replace(CONFIG, arch="gpt2", num_key_value_heads=4)
+
+
+def some_gpt(seed: int = 0, config: GPTConfig = CONFIG) -> GPT:
+    gpt = GPT(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in gpt.parameters():
@@ -32,8 +38,9 @@ def padded(rows: list[list[int]], width: int) -> torch.Tensor:
     return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
 
 
-def test_a_reward_does_not_depend_on_the_padding_or_on_the_company() -> None:
-    model = RewardModel(some_gpt(), PAD)
+@pytest.mark.parametrize("config", [CONFIG, GPT2], ids=["qwen3", "gpt2"])
+def test_a_reward_does_not_depend_on_the_padding_or_on_the_company(config: GPTConfig) -> None:
+    model = RewardModel(some_gpt(config=config), PAD)
     rows = texts((3, 11, 7, 1))
     alone = torch.stack([model(torch.tensor([row]))[0] for row in rows])
     assert torch.allclose(model(padded(rows, 11)), alone, atol=1e-5)
@@ -69,8 +76,9 @@ def test_making_a_head_leaves_the_global_random_state_alone() -> None:
     assert torch.equal(reward.score.weight, RewardModel(gpt, PAD).score.weight)
 
 
-def test_values_are_causal_and_the_last_one_is_the_reward() -> None:
-    reward = RewardModel(some_gpt(), PAD)
+@pytest.mark.parametrize("config", [CONFIG, GPT2], ids=["qwen3", "gpt2"])
+def test_values_are_causal_and_the_last_one_is_the_reward(config: GPTConfig) -> None:
+    reward = RewardModel(some_gpt(config=config), PAD)
     value = ValueModel(reward)
     row = texts((9,))[0]
     values = value(torch.tensor([row]))
@@ -85,8 +93,9 @@ def test_state_names_are_those_of_sequence_classification() -> None:
     assert not [name for name in names if name.startswith("lm_head") or name.endswith(".bias")]
 
 
-def test_a_reward_model_learns_which_token_is_good() -> None:
-    model = RewardModel(some_gpt(), PAD)
+@pytest.mark.parametrize("config", [CONFIG, GPT2], ids=["qwen3", "gpt2"])
+def test_a_reward_model_learns_which_token_is_good(config: GPTConfig) -> None:
+    model = RewardModel(some_gpt(config=config), PAD)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     good, bad = padded([[5, 6, 10], [8, 10]], 4), padded([[5, 6, 11], [8, 11]], 4)
     for _ in range(30):

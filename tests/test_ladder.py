@@ -226,7 +226,7 @@ def test_a_ladder_that_cannot_be_fitted_is_refused_before_it_begins(settings: di
 
 def test_too_little_time_is_told_with_the_time_that_is_needed(climbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "measure_step", lambda *a, **k: 0.1)
-    monkeypatch.setattr(ladder, "choose_dtype", lambda *a: "float32")
+    monkeypatch.setattr(ladder, "choose_way", lambda *a: ("float32", False))
     with pytest.raises(ConfigError, match="10 seconds are too few for these 5 sizes on this machine, which need 78"):
         ladder._plan(ladder.Config(seconds=10.0, sizes=ladder.Config().sizes), 320, 1)
     steps = ladder._plan(ladder.Config(seconds=200.0), 320, 1)["steps"]

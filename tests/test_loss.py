@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from stateofgpt.infer.score import score
 from stateofgpt.model.gpt import GPT, GPTConfig
-from stateofgpt.train.loss import Batch, LanguageModelLoss
+from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
+from stateofgpt.train.optim import MuonAdamW, OptimConfig
 
 CONFIG = GPTConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -31,14 +33,19 @@ def random_model(seed: int = 0, config: GPTConfig = CONFIG) -> GPT:
     return model
 
 
+GPT2 = replace(CONFIG, arch="gpt2", num_key_value_heads=2)
+FAMILIES = pytest.mark.parametrize("config", [CONFIG, GPT2], ids=["qwen3", "gpt2"])
+
+
 def random_batch(rows: int = 3, seed: int = 1) -> Batch:
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 40, (rows, 13))
     return Batch.of(ids[:, :-1].copy(), ids[:, 1:].copy(), (rng.random((rows, 12)) < 0.4).astype(np.float32))
 
 
-def test_it_is_the_sum_of_minus_log_probabilities_where_weights_are_one() -> None:
-    model, batch = random_model(), random_batch()
+@FAMILIES
+def test_it_is_the_sum_of_minus_log_probabilities_where_weights_are_one(config: GPTConfig) -> None:
+    model, batch = random_model(config=config), random_batch()
     by_hand = 0.0
     for ids, targets, weights in zip(batch.ids, batch.targets, batch.weights, strict=True):
         for t in range(12):  # every prediction on its own, from the tokens before it
@@ -55,8 +62,9 @@ def test_it_agrees_with_what_the_engine_side_scores() -> None:
     assert LanguageModelLoss()(model, ones).item() == pytest.approx(total, rel=1e-5)
 
 
-def test_its_gradient_is_that_of_finite_differences() -> None:
-    model, batch = random_model().double(), random_batch()
+@FAMILIES
+def test_its_gradient_is_that_of_finite_differences(config: GPTConfig) -> None:
+    model, batch = random_model(config=config).double(), random_batch()
     loss = LanguageModelLoss()  # its cross-entropy is in float32: a central difference of 1e-2 is above that noise
     loss(model, batch).backward()
     g = torch.Generator().manual_seed(4)
@@ -99,8 +107,9 @@ def test_one_row_of_one_token_is_enough() -> None:
     assert LanguageModelLoss()(model, batch).item() == pytest.approx(-score(model, [[5, 6]])[0][0], rel=1e-5)
 
 
-def test_bfloat16_is_near_and_keeps_weights_and_gradients_in_float32() -> None:
-    model, batch = random_model(), random_batch()
+@FAMILIES
+def test_bfloat16_is_near_and_keeps_weights_and_gradients_in_float32(config: GPTConfig) -> None:
+    model, batch = random_model(config=config), random_batch()
     whole = LanguageModelLoss("float32")(model, batch).item()
     value = LanguageModelLoss("bfloat16")(model, batch)
     value.backward()
@@ -127,11 +136,44 @@ def test_a_sure_and_wrong_model_has_a_large_finite_loss() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpt2_learns_what_comes_next_in_a_text_that_repeats(dtype: Dtype) -> None:
+    model, loss = GPT(GPT2), LanguageModelLoss(dtype)
+    model.init_weights(torch.Generator().manual_seed(0))
+    optimizer = MuonAdamW(model.named_parameters(), OptimConfig(lr=0.03))
+    text = torch.arange(13).repeat(2, 1) * torch.tensor([[1], [3]]) % 40  # either counts by ones or by threes
+    batch = Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), torch.ones(2, 12))
+    for _ in range(60):
+        optimizer.zero_grad()
+        (loss(model, batch) / batch.weight).backward()
+        optimizer.step(1.0)
+    assert loss(model, batch).item() / batch.weight < 0.2  # the first step can only guess: log(2) / 12
+
+
 @pytest.mark.slow
-def test_compiled_it_is_the_same_loss() -> None:
-    model, batch = random_model(), random_batch()
+@FAMILIES
+def test_compiled_it_is_the_same_loss_with_the_same_gradients(config: GPTConfig) -> None:
+    model, batch = random_model(config=config), random_batch()
     try:
         compiled = LanguageModelLoss(compiled=True)(model, batch)
     except Exception as failure:  # a machine without a compiler says so in many ways
         pytest.skip(f"torch.compile does not work here: {type(failure).__name__}")
-    assert compiled.item() == pytest.approx(LanguageModelLoss()(model, batch).item(), rel=1e-5)
+    eager = LanguageModelLoss()(model, batch)
+    assert compiled.item() == pytest.approx(eager.item(), rel=1e-5)
+    params = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(compiled, params), torch.autograd.grad(eager, params), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_documents_of_one_row_do_not_see_each_other(fused: bool) -> None:
+    """The loss of two documents in one row is the sum of their losses alone; id 0 begins a document."""
+    model = random_model()
+    ids = np.array([[0, 5, 6, 7, 0, 8, 9, 0]])
+    targets = np.roll(ids, -1, axis=1)
+    packed = Batch.of(ids, targets, begins=0)
+    assert packed.firsts is not None and packed.firsts.tolist() == [[0, 0, 0, 0, 4, 4, 4, 7]]
+    loss = LanguageModelLoss(fused=fused)
+    alone = sum(loss(model, Batch.of(ids[:, a:b], targets[:, a:b])).item() for a, b in ((0, 4), (4, 7), (7, 8)))
+    assert loss(model, packed).item() == pytest.approx(alone, rel=1e-5)
+    assert loss(model, Batch.of(ids, targets)).item() != pytest.approx(alone, rel=1e-5)

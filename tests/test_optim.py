@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.train.kernels import load
 from stateofgpt.train.optim import MuonAdamW, OptimConfig, orthogonalise
 
 PLAIN = OptimConfig(weight_decay=0.0, use_muon=False)
@@ -159,6 +160,15 @@ def test_muon_takes_the_matrices_of_the_layers_and_nothing_else() -> None:
     assert not MuonAdamW(GPT(shape).named_parameters(), PLAIN).stacks
 
 
+def test_in_gpt2_muon_takes_the_hidden_matrices_and_neither_positions_nor_biases() -> None:
+    shape = GPTConfig("gpt2", 64, 32, 2, 2, 2, 16, 128, 16)
+    optimizer = MuonAdamW(GPT(shape).named_parameters(), OptimConfig())
+    stacked = {name for names in optimizer.stacks for name in names}
+    assert len(stacked) == 2 * 6 and all(name.endswith("_proj.weight") for name in stacked)
+    assert {"model.embed_tokens.weight", "model.embed_positions.weight"} <= set(optimizer.adam)
+    assert len(optimizer.adam) == 2 + 2 * (6 + 2 * 2) + 2  # embeddings, biases and norms of the blocks, last norm
+
+
 # ----------------------------------------------------------------------------------------------------------- AdamW
 
 
@@ -233,3 +243,24 @@ def test_a_factor_of_zero_and_missing_gradients_change_no_weight() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     optimizer.step(1.0)
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("use_muon", [True, False])
+def test_fused_it_takes_the_same_steps(use_muon: bool) -> None:
+    """To the rounding of float32 for AdamW; Muon's update is rounded to bfloat16 at another place."""
+    kernels = load()
+    assert kernels is not None
+    config = OptimConfig(lr=0.01, muon_lr=0.05, weight_decay=0.3, use_muon=use_muon)
+    plain, fused = Layered(), Layered()
+    optimizers = MuonAdamW(plain.named_parameters(), config), MuonAdamW(fused.named_parameters(), config, kernels)
+    start = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    for step in range(6):
+        for model, optimizer in zip((plain, fused), optimizers, strict=True):
+            model.draw_gradients(step)
+            optimizer.step(0.7, 0.25)
+    for (name, p), q in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        moved = float((p - start[name]).norm())
+        assert moved > 0.0 and float((p - q).norm()) < (0.02 if use_muon and p.ndim == 2 else 1e-5) * moved, name
+    states = [optimizer.state() for optimizer in optimizers]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-5, atol=1e-6)

@@ -218,11 +218,12 @@ def test_minutes_are_planned_by_the_dials_own_trials(
 ) -> None:
     flops = 1e11
 
-    def rate(config: GPTConfig, dtype: str, *, rows: int, context: int, repeats: int = 2) -> float:
+    def rate(config: GPTConfig, dtype: str, *, rows: int, context: int, repeats: int = 2, fused: bool = False) -> float:
         return flops / (6 * count(config)[0])
 
     monkeypatch.setattr(dial, "measure_rate", rate)
     monkeypatch.setattr(dial, "can_compile", lambda: False)
+    monkeypatch.setattr(dial, "can_fuse", lambda: False)
     assert main(["plan", "--minutes", "10", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     expected = dial.choose(HERE[0], HERE[1], 600.0, rows=HERE[2]).config

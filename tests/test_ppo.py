@@ -17,6 +17,7 @@ from stateofgpt.rl.ppo import PPO, PPOConfig
 from stateofgpt.rl.rollout import policy_logprobs
 from stateofgpt.text.chat import Message
 from stateofgpt.train.loop import LoopConfig
+from stateofgpt.train.loss import Way
 from stateofgpt.train.optim import OptimConfig
 
 EOT, END, PAD, GOOD = 0, 2, 3, 20
@@ -44,7 +45,7 @@ def make_ppo(config: PPOConfig | None = None, **kwargs: float) -> PPO:
     reward = RewardModel(model(1), PAD)
     return PPO(
         model(), model(), reward, ValueModel(RewardModel(model(1), PAD)), config or PPOConfig(), pad_id=PAD, end_id=END,
-        dtype="float32", **settings,
+        way=Way(), **settings,
     )  # fmt: skip
 
 
@@ -101,8 +102,8 @@ def test_kl_is_summed_over_sampled_tokens_and_taken_from_the_reward() -> None:
     experience, watched = ppo.experience(turns)
     rollouts = experience.rollouts.rows(torch.arange(len(turns)))
     with torch.no_grad():
-        ours, _ = policy_logprobs(ppo.policy, rollouts, "float32")
-        theirs, _ = policy_logprobs(ppo.reference, rollouts, "float32")
+        ours, _ = policy_logprobs(ppo.policy, rollouts, Way())
+        theirs, _ = policy_logprobs(ppo.reference, rollouts, Way())
     apart = ((ours - theirs) * rollouts.mask).sum(1)
     assert watched["kl"] == pytest.approx(apart.mean().item(), abs=1e-4) and watched["kl"] > 0.1
     # with gamma = lambda = 1 the return of the first sampled token is score - coefficient * KL of the whole answer
@@ -117,7 +118,7 @@ def test_parts_of_like_length_give_what_one_pass_gives() -> None:
     ppo = make_ppo()
     experience, watched = ppo.experience(answers(ppo.policy, n=37))
     with torch.no_grad():
-        whole, entropy = policy_logprobs(ppo.policy, experience.rollouts.rows(torch.arange(37)), "float32")
+        whole, entropy = policy_logprobs(ppo.policy, experience.rollouts.rows(torch.arange(37)), Way())
     mask = experience.rollouts.mask[:, : whole.shape[1]]
     assert torch.allclose(experience.logprobs[:, : whole.shape[1]] * mask, whole * mask, atol=1e-5)
     assert watched["entropy"] == pytest.approx((entropy * mask).sum().item() / mask.sum().item(), abs=1e-4)

@@ -29,6 +29,7 @@ from stateofgpt.rl.reward_training import (
 from stateofgpt.text.chat import ChatFormat, Message
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.loop import LoopConfig, Trainer
+from stateofgpt.train.loss import Way
 from stateofgpt.train.optim import OptimConfig
 
 TOKENIZER = Tokenizer.train(iter(["What is 12 + 30? The answer is 42. user assistant tool yes no maybe"] * 20), 300)
@@ -91,7 +92,7 @@ def test_rows_as_long_as_an_odd_context_are_scored_and_learned_from() -> None:
     long = ranking("word " * 60, ["yes " * 8, "no " * 30], [1, 2])
     batch = ranked_batch(CHAT, [long], CONTEXT)
     assert batch.ids.shape == (2, CONTEXT)
-    assert RankingLoss("float32")(model, batch).isfinite()
+    assert RankingLoss(Way())(model, batch).isfinite()
     assert all(math.isfinite(s) for row in score_rankings(model, CHAT, [long]) for s in row)
 
 
@@ -123,7 +124,7 @@ def test_the_loss_is_that_of_the_pairs_one_by_one() -> None:
     total, n = loss_twin(model, rankings)
     batch = ranked_batch(CHAT, rankings, CONTEXT)
     assert batch.weight == n < len(rankings)  # some rank all alike
-    assert RankingLoss("float32")(model, batch).item() == pytest.approx(total, rel=1e-4)
+    assert RankingLoss(Way())(model, batch).item() == pytest.approx(total, rel=1e-4)
 
 
 @pytest.mark.parametrize("cuts", [(0, 7), (0, 3, 7), (0, 1, 5, 6, 7)])
@@ -132,14 +133,14 @@ def test_the_mean_is_over_prompts_whatever_the_micro_batches(cuts: tuple[int, ..
     total, n = loss_twin(small_model(), rankings)
     trainer = Trainer(small_model(), LoopConfig(clip=1e9))
     parts = [ranked_batch(CHAT, rankings[a:b], CONTEXT) for a, b in pairwise(cuts)]
-    assert trainer.step(parts, RankingLoss("float32"), 1.0)["loss"] == pytest.approx(total / n, rel=1e-4)
+    assert trainer.step(parts, RankingLoss(Way()), 1.0)["loss"] == pytest.approx(total / n, rel=1e-4)
 
 
 def test_rankings_without_a_pair_teach_nothing() -> None:
     trainer = Trainer(small_model(), LoopConfig())
     batch = ranked_batch(CHAT, [some_rankings()[-1]], CONTEXT)
     assert batch.weight == 0.0
-    loss = RankingLoss("float32")
+    loss = RankingLoss(Way())
     metrics = trainer.step([batch], loss, 1.0)
     assert metrics["loss"] == metrics["grad_norm"] == 0.0
     assert loss.accuracy() == 0.0
@@ -162,7 +163,7 @@ def test_held_out_accuracy_is_that_of_training() -> None:
     counted = [pair_accuracy(torch.tensor([row]), torch.tensor([r.ranks]))
                for row, r in zip(scores, rankings, strict=True)]  # fmt: skip
     assert held_out_accuracy(scores, rankings) == tuple(map(sum, zip(*counted, strict=True)))
-    loss = RankingLoss("float32")
+    loss = RankingLoss(Way())
     loss(model, ranked_batch(CHAT, rankings, CONTEXT))
     right, pairs = held_out_accuracy(scores, rankings)
     assert loss.accuracy() == pytest.approx(right / pairs)
@@ -191,7 +192,7 @@ def test_it_learns_to_rank() -> None:
     train, held_out = [asked(i) for i in range(48)], [asked(100 + i) for i in range(8)]
     model = small_model()
     config = LoopConfig(optim=replace(OptimConfig(), lr=3e-3, muon_lr=0.01, weight_decay=0.0))
-    trainer, loss = Trainer(model, config), RankingLoss("float32")
+    trainer, loss = Trainer(model, config), RankingLoss(Way())
     for step in step_order(len(train), 0, 4):
         trainer.step([ranked_batch(CHAT, [train[i] for i in step], CONTEXT)], loss, 1.0)
     right, pairs = held_out_accuracy(score_rankings(model, CHAT, held_out), held_out)
@@ -200,6 +201,6 @@ def test_it_learns_to_rank() -> None:
 
 def test_bfloat16_is_near() -> None:
     model, batch = small_model(), ranked_batch(CHAT, some_rankings(), CONTEXT)
-    whole = RankingLoss("float32")(model, batch).item()
-    assert RankingLoss("bfloat16")(model, batch).item() == pytest.approx(whole, rel=0.05)
+    whole = RankingLoss(Way())(model, batch).item()
+    assert RankingLoss(Way("bfloat16"))(model, batch).item() == pytest.approx(whole, rel=0.05)
     assert isinstance(batch, RankedBatch)

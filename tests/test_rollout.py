@@ -18,6 +18,7 @@ from stateofgpt.model.heads import ValueModel
 from stateofgpt.rl.rollout import Rollouts, policy_logprobs, rollouts_of, values
 from stateofgpt.text.chat import ChatFormat, Message, ToolCall
 from stateofgpt.text.tokenizer import Tokenizer
+from stateofgpt.train.loss import Way
 
 TOKENIZER = Tokenizer.train(iter(["What is 12 + 30? calculator expression arguments name tool user"] * 20), 300)
 CHAT = ChatFormat(TOKENIZER)
@@ -114,7 +115,7 @@ def test_log_probabilities_are_those_the_engine_drew_with() -> None:
     model = small_model()
     turns = plain_turns(model)
     rollouts = rollouts_of(turns, TOKENIZER.pad)
-    logprobs, entropy = policy_logprobs(model, rollouts, "float32")
+    logprobs, entropy = policy_logprobs(model, rollouts, Way())
     for row, turn in enumerate(turns):
         at = rollouts.mask[row] > 0
         assert logprobs[row][at].tolist() == pytest.approx(turn.logprobs, abs=1e-4)
@@ -127,7 +128,7 @@ def test_log_probabilities_are_those_the_engine_drew_with() -> None:
 def test_values_are_of_the_state_before_the_token() -> None:
     model = ValueModel(small_model())
     rollouts = rollouts_of([tool_turn()[0], *plain_turns(small_model())], TOKENIZER.pad)
-    found = values(model, rollouts, "float32")
+    found = values(model, rollouts, Way())
     for row, t in ((0, 20), (0, 55), (3, 24)):
         alone = model(rollouts.ids[row : row + 1, : t + 1])[0, -1]
         assert found[row, t].item() == pytest.approx(alone.item(), abs=1e-4)
@@ -141,8 +142,8 @@ def test_some_rows_are_those_rows_without_their_common_padding() -> None:
     longest = max(len(turns[i].prompt_ids) + len(turns[i].ids) for i in (3, 1))
     assert part.ids.shape == (2, longest) and part.mask.shape == (2, longest - 1)
     assert part.mask.sum() == rollouts.mask[[3, 1]].sum()
-    whole, _ = policy_logprobs(model, rollouts, "float32")
-    trimmed, _ = policy_logprobs(model, part, "float32")
+    whole, _ = policy_logprobs(model, rollouts, Way())
+    trimmed, _ = policy_logprobs(model, part, Way())
     assert torch.allclose(trimmed, whole[[3, 1], : longest - 1], atol=1e-4)
 
 
@@ -150,11 +151,22 @@ def test_rows_in_which_nothing_was_drawn_do_no_harm() -> None:
     none = Rollouts(torch.tensor([[5, 6, 7, 3], [8, 9, 3, 3]]), torch.zeros(2, 3))
     part = none.rows(torch.tensor([1]))
     assert part.ids.shape == (1, 2) and not part.mask.any()
-    assert policy_logprobs(small_model(), part, "float32")[0].isfinite().all()
+    assert policy_logprobs(small_model(), part, Way())[0].isfinite().all()
 
 
 def test_bfloat16_is_near() -> None:
     model = small_model()
     rollouts = rollouts_of(plain_turns(model, 2), TOKENIZER.pad)
-    exact, near = (policy_logprobs(model, rollouts, d)[0] for d in ("float32", "bfloat16"))  # type: ignore[arg-type]
+    exact, near = (policy_logprobs(model, rollouts, Way(d))[0] for d in ("float32", "bfloat16"))  # type: ignore[arg-type]
     assert near.dtype == torch.float32 and (exact - near).abs()[rollouts.mask > 0].mean() < 0.1
+
+
+def test_through_the_fused_kernels_it_is_the_same_numbers_and_gradients() -> None:
+    model = small_model()
+    rollouts = rollouts_of([tool_turn()[0], *plain_turns(model)], TOKENIZER.pad)
+    plain, fused = (policy_logprobs(model, rollouts, Way(fused=f)) for f in (False, True))
+    for mine, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(logprobs.sum(), list(model.parameters())) for logprobs, _ in (plain, fused)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max() + 1.0))

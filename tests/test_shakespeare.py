@@ -163,7 +163,7 @@ def test_the_sizes_beside_are_the_next_smaller_ones(width: int, layers: int, bes
 
 
 def test_the_steps_of_all_sizes_together_fit_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    def seconds(model: GPTConfig, dtype: str, *, rows: int, context: int) -> float:
+    def seconds(model: GPTConfig, dtype: str, *, rows: int, context: int, fused: bool) -> float:
         return model.num_hidden_layers / 100
 
     class Clock:
@@ -173,8 +173,8 @@ def test_the_steps_of_all_sizes_together_fit_the_time(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sizes, "measure_step", seconds)
     config = pretrain.Config(seconds=200.0, sizes=3, eval_tokens=8192, sample_at=(0.0, 1.0))
     models = [dial.shape(64, layers, 1024, 128) for layers in (1, 2, 5)]
-    steps = sizes._steps(config, {"dtype": "float32", "compiled": False}, models, Clock())  # type: ignore[arg-type]
+    steps = sizes._steps(config, {"dtype": "float32", "compiled": False, "fused": False}, models, Clock())  # type: ignore[arg-type]
     assert 20 + steps * 0.08 + 10 * 0.08 + 6 == pytest.approx(200, abs=0.1)
-    compiled = sizes._steps(config, {"dtype": "float32", "compiled": True}, models, Clock())  # type: ignore[arg-type]
+    compiled = sizes._steps(config, {"dtype": "float32", "compiled": True, "fused": False}, models, Clock())  # type: ignore[arg-type]
     assert compiled > steps
     assert torch.get_num_threads() >= 1

@@ -4,33 +4,62 @@ Owns: the fused copies of the weights and the two passes, `prefill` (many tokens
 per row). Knows nothing of requests or sampling. The model's own `forward` is the reference; tests compare the two.
 
 What makes it fast on small models, where the number of operations counts more than their size: query, key and value
-are one product, gate and up another; both residual additions are part of the product (`addmm`); the rotation is one
-complex multiplication. For the last, dimension i of each query and key head is placed beside its partner i + D/2 by
-permuting rows of the weights once: attention only sees dot products of queries and keys, which no common permutation
-changes.
+are one product, gate and up another; both residual additions are part of the product (`addmm`); the rotation, which
+GPT-2 lacks, is one complex multiplication. For the last, dimension i of each query and key head is placed beside its
+partner i + D/2 by permuting rows of the weights once: attention only sees dot products of queries and keys, which no
+common permutation changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stateofgpt.infer.cache import KVCache
-from stateofgpt.model.gpt import GPT, Block
+from stateofgpt.model.gpt import GPT, MLP, Block, LayerNorm, RMSNorm
+from stateofgpt.model.rotary import rotary_angles
+
+
+@dataclass
+class _Norm:
+    gain: Tensor  # [C]
+    shift: Tensor | None  # [C] where it is a LayerNorm
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.shift is None:
+            return F.rms_norm(x, self.gain.shape, self.gain, self.eps)
+        return F.layer_norm(x, self.gain.shape, self.gain, self.shift, self.eps)
+
+
+class _Linear:
+    """Several projections of one input as one."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias  # [outputs, inputs], [outputs]
+        self.transposed = weight.t()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """`x` plus the projection of `y`, both [N, .]."""
+        return torch.addmm(x if self.bias is None else x + self.bias, y, self.transposed)
 
 
 @dataclass
 class _Layer:
-    norm_in: Tensor  # [C]
-    qkv: Tensor  # [(H + 2 KVH) D, C]
+    norm_in: _Norm
+    qkv: _Linear  # to (H + 2 KVH) D
     qk_gain: Tensor | None  # [H + KVH, D], always float32
-    out: Tensor  # [H D, C], transposed
-    norm_mlp: Tensor
-    gate_up: Tensor  # [2 I, C]
-    down: Tensor  # [I, C], transposed
+    out: _Linear
+    norm_mlp: _Norm
+    up: _Linear  # to 2 I, gate and up; to I where there is no gate
+    down: _Linear
 
 
 class Decoder:
@@ -40,15 +69,12 @@ class Decoder:
         c = model.config
         self.config, self.dtype, self._model = c, dtype, model
         self._group = c.num_attention_heads // c.num_key_value_heads
-        half = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
-        angles = torch.outer(torch.arange(max_context, dtype=torch.float32), c.rope_theta**-half)
-        weight = model.lm_head.weight
-        self._turns = torch.polar(torch.ones_like(angles), angles).to(weight.device)  # [max_context, D/2] complex
+        self.device = model.lm_head.weight.device
+        self._turns: Tensor | None = None  # [max_context, D/2] complex
+        if c.rotary:
+            angles = rotary_angles(c.head_dim, c.rope_theta, max_context, c.rope_scaling)
+            self._turns = torch.polar(torch.ones_like(angles), angles).to(self.device)
         self.refresh()
-
-    @property
-    def device(self) -> torch.device:
-        return self._turns.device
 
     @torch.inference_mode()
     def refresh(self) -> None:
@@ -56,50 +82,74 @@ class Decoder:
         trunk = self._model.model
         self._embed = trunk.embed_tokens.weight.detach().to(self.dtype)
         self._head = self._model.lm_head.weight.detach().to(self.dtype)
-        self._norm = trunk.norm.weight.detach().to(self.dtype)
+        places = trunk.embed_positions
+        self._embed_positions = None if places is None else places.weight.detach().to(self.dtype)
+        self._norm = self._normed(trunk.norm)
         self._layers = [self._fuse(block) for block in trunk.layers if isinstance(block, Block)]
+
+    def _normed(self, norm: RMSNorm | LayerNorm) -> _Norm:
+        shift = norm.bias.detach().to(self.dtype) if isinstance(norm, LayerNorm) else None
+        return _Norm(norm.weight.detach().to(self.dtype), shift, norm.eps)
+
+    def _paired(self, rows: Tensor) -> Tensor:
+        """Rows [H D, ...] of queries or keys, dimension i of each head beside its partner i + D/2 where it rotates."""
+        if self._turns is None:
+            return rows
+        pairs = torch.arange(self.config.head_dim, device=self.device).view(2, -1).t().reshape(-1)  # 0, D/2, 1, ...
+        return rows.unflatten(0, (-1, self.config.head_dim))[:, pairs].flatten(0, 1)
+
+    def _linear(self, *parts: nn.Linear, paired: int = 0) -> _Linear:
+        """`parts` as one projection; the outputs of the first `paired` of them are `_paired`."""
+
+        def stacked(tensors: Sequence[Tensor]) -> Tensor:
+            ready = [self._paired(t) if i < paired else t for i, t in enumerate(tensors)]
+            return (ready[0].detach() if len(ready) == 1 else torch.cat(ready)).to(self.dtype)
+
+        biases = [part.bias for part in parts if part.bias is not None]
+        return _Linear(stacked([part.weight for part in parts]), stacked(biases) if biases else None)
 
     def _fuse(self, block: Block) -> _Layer:
         c, attn, mlp = self.config, block.self_attn, block.mlp
-        pairs = torch.arange(c.head_dim, device=self.device).view(2, -1).t().reshape(-1)  # 0, D/2, 1, D/2 + 1, ...
-
-        def paired(weight: Tensor) -> Tensor:
-            return weight.view(-1, c.head_dim, c.hidden_size)[:, pairs].reshape(-1, c.hidden_size)
-
         gain = None
-        if c.qk_norm:
-            q, k = attn.q_norm.weight[pairs], attn.k_norm.weight[pairs]
+        if attn.qk_norm:
+            q, k = self._paired(attn.q_norm.weight), self._paired(attn.k_norm.weight)
             gain = torch.cat((q.expand(c.num_attention_heads, -1), k.expand(c.num_key_value_heads, -1))).float()
-        qkv = torch.cat((paired(attn.q_proj.weight), paired(attn.k_proj.weight), attn.v_proj.weight))
         return _Layer(
-            norm_in=block.input_layernorm.weight.to(self.dtype),
-            qkv=qkv.to(self.dtype),
+            norm_in=self._normed(block.input_layernorm),
+            qkv=self._linear(attn.q_proj, attn.k_proj, attn.v_proj, paired=2),
             qk_gain=gain,
-            out=attn.o_proj.weight.detach().to(self.dtype).t(),
-            norm_mlp=block.post_attention_layernorm.weight.to(self.dtype),
-            gate_up=torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).to(self.dtype),
-            down=mlp.down_proj.weight.detach().to(self.dtype).t(),
+            out=self._linear(attn.o_proj),
+            norm_mlp=self._normed(block.post_attention_layernorm),
+            up=self._linear(mlp.gate_proj, mlp.up_proj) if isinstance(mlp, MLP) else self._linear(mlp.up_proj),
+            down=self._linear(mlp.down_proj),
         )
 
-    def _queries_keys_values(self, layer: _Layer, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _embedded(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Vectors [N, C] of tokens `ids` [N] at `positions` [N]."""
+        x = self._embed[ids]
+        return x if self._embed_positions is None else x + self._embed_positions[positions]
+
+    def _queries_keys_values(self, layer: _Layer, x: Tensor, turns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Of tokens `x` [N, C]: queries [N, H, D], keys and values [N, KVH, D]; normalised and rotated."""
         c = self.config
         n_turned = c.num_attention_heads + c.num_key_value_heads
-        h = F.rms_norm(x, (c.hidden_size,), layer.norm_in, c.rms_norm_eps)
-        qkv = F.linear(h, layer.qkv).view(x.shape[0], -1, c.head_dim)
-        qk = qkv[:, :n_turned].float()  # rotation and norm in float32, as complex bfloat16 does not exist
-        if layer.qk_gain is not None:
-            qk = F.rms_norm(qk, (c.head_dim,), None, c.rms_norm_eps).mul_(layer.qk_gain)
-        qk = (qk.view(torch.complex64) * turns).view(torch.float32).to(self.dtype)
+        qkv = layer.qkv(layer.norm_in(x)).view(x.shape[0], -1, c.head_dim)
+        qk = qkv[:, :n_turned]
+        if turns is not None:
+            qk = qk.float()  # rotation and norm in float32, as complex bfloat16 does not exist
+            if layer.qk_gain is not None:
+                qk = F.rms_norm(qk, (c.head_dim,), None, c.rms_norm_eps).mul_(layer.qk_gain)
+            qk = (qk.view(torch.complex64) * turns).view(torch.float32).to(self.dtype)
         return qk[:, : c.num_attention_heads], qk[:, c.num_attention_heads :], qkv[:, n_turned:]
 
     def _rest(self, layer: _Layer, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection and feed-forward with their residuals; `x` and `attended` are [N, C] and [N, H D]."""
-        c = self.config
-        x = torch.addmm(x, attended, layer.out)
-        h = F.rms_norm(x, (c.hidden_size,), layer.norm_mlp, c.rms_norm_eps)
-        gate, up = F.linear(h, layer.gate_up).chunk(2, dim=-1)
-        return torch.addmm(x, F.silu(gate).mul_(up), layer.down)
+        x = layer.out.added(x, attended)
+        h = layer.up(layer.norm_mlp(x))
+        if self.config.arch == "gpt2":
+            return layer.down.added(x, F.gelu(h, approximate="tanh"))
+        gate, up = h.chunk(2, dim=-1)
+        return layer.down.added(x, F.silu(gate).mul_(up))
 
     def decode(self, ids: Tensor, positions: Tensor, cache: KVCache, longest: int) -> Tensor:
         """Read token `ids` [n] at `positions` [n] in rows 0..n of the cache; logits [n, V] of the next ones.
@@ -107,8 +157,8 @@ class Decoder:
         `longest` is one more than the largest position: nothing behind it is looked at.
         """
         c, n = self.config, ids.shape[0]
-        x = self._embed[ids]
-        turns = self._turns[positions][:, None]
+        x = self._embedded(ids, positions)
+        turns = None if self._turns is None else self._turns[positions][:, None]
         place = positions.view(n, 1, 1, 1).expand(n, c.num_key_value_heads, 1, c.head_dim)
         behind = torch.arange(longest, device=self.device) > positions[:, None]
         mask = torch.zeros(n, 1, 1, longest, dtype=self.dtype, device=self.device)
@@ -122,7 +172,7 @@ class Decoder:
             q = q.unflatten(1, (-1, self._group))
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             x = self._rest(layer, x, y.reshape(n, -1))
-        return F.linear(F.rms_norm(x, (c.hidden_size,), self._norm, c.rms_norm_eps), self._head)
+        return F.linear(self._norm(x), self._head)
 
     def prefill(self, ids: list[list[int]], starts: list[int], rows: list[int], cache: KVCache) -> None:
         """Read `ids[i]` at positions starts[i], starts[i] + 1, ... of row rows[i] into the cache.
@@ -145,8 +195,8 @@ class Decoder:
             mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)[
                 :, None
             ]
-        x = self._embed[torch.tensor([t for one in ids for t in one], device=self.device)]
-        turns = self._turns[where][:, None]
+        x = self._embedded(torch.tensor([t for one in ids for t in one], device=self.device), where)
+        turns = None if self._turns is None else self._turns[where][:, None]
         for index, layer in enumerate(self._layers):
             q, k, v = self._queries_keys_values(layer, x, turns)
             keys, values = (part.transpose(1, 2) for part in cache.layer(index))  # [rows, length, KVH, D]

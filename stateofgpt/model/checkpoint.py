@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,22 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stateofgpt.errors import CheckpointError
-from stateofgpt.model import folder
+from stateofgpt.model import folder, layout
 from stateofgpt.model.convert import Described, Kind, from_huggingface, to_huggingface
-from stateofgpt.model.folder import TensorInfo
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.heads import RewardModel
+from stateofgpt.model.weights import WEIGHTS, Shards, load, open_shards
 from stateofgpt.run import sha256_file
 from stateofgpt.text.chat import CHAT_TEMPLATE
 from stateofgpt.text.tokenizer import Tokenizer
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp")
-_FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,8 @@ def save_checkpoint(
     if not isinstance(model, (GPT, RewardModel)):
         raise CheckpointError(f"a {type(model).__name__} has no checkpoint format, only a GPT or a RewardModel has")
     kind: Kind = "reward" if isinstance(model, RewardModel) else "causal"
-    weights = {name: t.detach().to("cpu", torch.float32) for name, t in _own_tensors(model).items()}
+    own = {name: t.detach().to("cpu", torch.float32) for name, t in layout.own_tensors(model, model.config).items()}
+    weights = layout.to_file(model.config, own)
     if bad := folder.non_finite(weights):
         raise CheckpointError(f"{path} is not saved: tensor {bad} holds NaN or infinite values")
     eos = [tokenizer.eot] if stage == "pretrain" else [tokenizer.im_end, tokenizer.eot]
@@ -100,7 +96,7 @@ def save_checkpoint(
             _write_json(work / "generation_config.json", {**generation, "do_sample": True})
         tokenizer.save(work)
         (work / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-        card = _model_card(known, config, measured, n_params=sum(t.numel() for t in weights.values()))
+        card = _model_card(known, config, model.config, measured, sum(t.numel() for t in weights.values()))
         (work / "README.md").write_text(card, encoding="utf-8")
 
     def about(work: Path) -> dict[str, Any]:
@@ -115,14 +111,6 @@ def save_checkpoint(
     room = folder.tensor_bytes(weights) + (4 << 20)  # tokenizer and the small files
     folder.publish(path, fill, about, needed=room)
     return read_lineage(path)
-
-
-def _own_tensors(model: GPT | RewardModel) -> dict[str, Tensor]:
-    """Parameters under transformers' names; a tied head is the embedding and is not stored twice."""
-    tensors = dict(model.state_dict())
-    if isinstance(model, GPT) and model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    return tensors
 
 
 def _identity(known: Mapping[str, Any], work: Path) -> str:
@@ -156,7 +144,9 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def _model_card(known: Mapping[str, Any], config: Mapping[str, Any], metrics: Mapping[str, Any], n_params: int) -> str:
+def _model_card(
+    known: Mapping[str, Any], config: Mapping[str, Any], shape: GPTConfig, metrics: Mapping[str, Any], n_params: int
+) -> str:
     reward = "num_labels" in config
     loader = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
     front = [
@@ -171,7 +161,7 @@ def _model_card(known: Mapping[str, Any], config: Mapping[str, Any], metrics: Ma
     ]
     what = "A reward model: one number for a conversation, higher is better." if reward else "A small language model."
     parents = ", ".join(f"`{p['name']}` ({p['id']})" for p in known["parents"]) or "none: trained from scratch"
-    shape = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, vocabulary {config['vocab_size']}"
+    size = f"{shape.num_hidden_layers} layers of width {shape.hidden_size}, vocabulary {shape.vocab_size}"
     rows = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()
             if isinstance(v, (bool, int, float, str))]  # fmt: skip
     body = [
@@ -179,8 +169,8 @@ def _model_card(known: Mapping[str, Any], config: Mapping[str, Any], metrics: Ma
         "",
         f"{what} Raised by stateofgpt, stage `{known['stage']}`.",
         "",
-        f"- architecture: {config['architectures'][0]}, {n_params:,} parameters ({shape})",
-        f"- context: {config['max_position_embeddings']} tokens",
+        f"- architecture: {config['architectures'][0]}, {n_params:,} parameters ({size})",
+        f"- context: {shape.max_position_embeddings} tokens",
         f"- parents: {parents}",
         "",
         "```python",
@@ -225,14 +215,7 @@ def load_model(path: Path | str) -> GPT:
     path, described, shards = _open(path)
     if described.kind != "causal":
         raise CheckpointError(f"{path} is a reward model, which cannot write; give a language model's checkpoint")
-    config = described.config
-    with torch.device("meta"):
-        expected = _own_tensors(GPT(config))
-    _match(path, expected, shards)
-    with torch.random.fork_rng(devices=[]):  # loading must not move the random state of a run that resumes
-        model = GPT(config)
-    _fill(_own_tensors(model), shards)
-    return model
+    return load(path, described.config, shards, lambda: GPT(described.config))
 
 
 def load_reward(path: Path | str) -> RewardModel:
@@ -240,19 +223,10 @@ def load_reward(path: Path | str) -> RewardModel:
     path, described, shards = _open(path)
     if described.kind != "reward":
         raise CheckpointError(f"{path} is a language model; give a reward model's checkpoint")
-    if described.pad_id is None:
+    pad = described.pad_id
+    if pad is None:
         raise CheckpointError(f"{path / 'config.json'} has no valid pad_token_id, which a reward model needs")
-    config = described.config
-    with torch.device("meta"):
-        expected = _own_tensors(RewardModel(GPT(config), pad_id=0))
-    _match(path, expected, shards)
-    with torch.random.fork_rng(devices=[]):
-        model = RewardModel(GPT(config), described.pad_id)
-    _fill(_own_tensors(model), shards)
-    return model
-
-
-Shards = dict[Path, dict[str, TensorInfo]]
+    return load(path, described.config, shards, lambda: RewardModel(GPT(described.config), pad))
 
 
 def _find(path: Path | str) -> Path:
@@ -270,7 +244,7 @@ def _open(path: Path | str) -> tuple[Path, Described, Shards]:
     path = _find(path)
     folder.verify(path)
     described = from_huggingface(folder.read_json_file(path / "config.json"), str(path / "config.json"))
-    shards = {file: folder.read_header(file) for file in _weight_files(path)}
+    shards = open_shards(path)
     _bound(path, described.config, shards)
     return path, described, shards
 
@@ -282,63 +256,10 @@ def _bound(path: Path, config: GPTConfig, shards: Shards) -> None:
     n_tensors = sum(map(len, shards.values()))
     if config.num_hidden_layers > n_tensors or 2 * config.hidden_size * widest > n_bytes:
         raise CheckpointError(f"{path / 'config.json'} describes a model larger than the weights beside it")
-    if 8 * config.max_position_embeddings * config.head_dim > max(n_bytes, 64 << 20):
+    if not config.rotary and 2 * config.hidden_size * config.max_position_embeddings > n_bytes:
+        raise CheckpointError(f"{path / 'config.json'} describes more positions than the weights beside it have")
+    if config.rotary and 8 * config.max_position_embeddings * config.head_dim > max(n_bytes, 64 << 20):
         raise CheckpointError(
             f"{path / 'config.json'} has max_position_embeddings = {config.max_position_embeddings:,}, whose rotary "
             "tables would be larger than the model; lower it"
         )
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    if (path / INDEX).is_file():
-        placed = folder.read_json_file(path / INDEX).get("weight_map")
-        names = sorted({str(v) for v in placed.values()}) if isinstance(placed, dict) else []
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors") or not (path / name).is_file():
-                raise CheckpointError(f"{path / INDEX} names {name[:80]!r}, which is no safetensors file of the folder")
-        if names:
-            return [path / name for name in names]
-        raise CheckpointError(f"{path / INDEX} names no files")
-    for file in sorted(path.iterdir()):
-        if file.suffix in _PICKLED:
-            raise CheckpointError(
-                f"{file} is a pickle, which can run code when it is read, so it is not; convert it to model.safetensors"
-            )
-    raise CheckpointError(f"{path} has no {WEIGHTS}")
-
-
-def _match(path: Path, expected: Mapping[str, Tensor], shards: Shards) -> None:
-    """The files hold exactly the model's tensors, by name, shape and type."""
-    found: dict[str, TensorInfo] = {}
-    for file, header in shards.items():
-        if twice := sorted(found.keys() & header.keys()):
-            raise CheckpointError(f"{file} holds tensor {twice[0]} a second time")
-        found |= header
-    _refuse_names(path, "lacks", expected.keys() - found.keys())
-    _refuse_names(path, "holds unknown", found.keys() - expected.keys())
-    for name, info in found.items():
-        if info.shape != tuple(expected[name].shape):
-            raise CheckpointError(
-                f"{path}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(expected[name].shape)}"
-            )
-        if info.dtype not in _FLOATS:
-            raise CheckpointError(f"{path}: tensor {name} has type {info.dtype}, readable are {', '.join(_FLOATS)}")
-
-
-def _refuse_names(path: Path, verb: str, names: Iterable[str]) -> None:
-    listed = sorted(names)
-    if listed:
-        more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-        raise CheckpointError(f"{path} {verb} tensors: {', '.join(n[:80] for n in listed[:3])}{more}")
-
-
-def _fill(into: Mapping[str, Tensor], shards: Shards) -> None:
-    """Copy tensor by tensor, so that the peak is one model and one tensor."""
-    with torch.no_grad():
-        for file in shards:
-            for name, tensor in folder.each_tensor(file):
-                if folder.non_finite({name: tensor}):
-                    raise CheckpointError(f"{file}: tensor {name} holds NaN or infinite values")
-                into[name].copy_(tensor)

@@ -44,7 +44,10 @@ class RewardModel(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rewards [B]. Attention is causal, so what is padded on the right cannot reach the token that is read."""
-        hidden = self.model(ids)
+        return self.read(self.model(ids), ids)
+
+    def read(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Rewards [B] from the final hidden states [B, T, C] of `ids`."""
         last = last_real(ids, self.pad_id)
         read = hidden[torch.arange(ids.shape[0], device=ids.device), last]
         rewards: Tensor = self.score(read).squeeze(-1)

@@ -91,7 +91,12 @@ def _minutes(options: Namespace, laws: dict[str, tuple[str, AnyLaw]]) -> Asked:
     key = f"{choice.config.hidden_size}x{choice.config.num_hidden_layers}"
     tokens = tokens_within(seconds, choice.rates[key], choice.compiled)
     made = make_plan(choice.config, tokens, batch=rows * context, lr=STAGE_LR)
-    budget = {"minutes": options.minutes, "dtype": choice.dtype, "compiled": choice.compiled}
+    budget = {
+        "minutes": options.minutes,
+        "dtype": choice.dtype,
+        "fused": choice.fused,
+        "compiled": choice.compiled,
+    }
     return Asked(budget, made, name, 6.0 * made.n_params * tokens, choice.rates, seconds)
 
 
@@ -220,7 +225,7 @@ def _show(told: dict[str, Any], asked: Asked) -> None:
     console.print(table)
     if asked.rates is not None:
         trials = ", ".join(f"{shape} {short(rate)}" for shape, rate in asked.rates.items())
-        console.print(f"[dim]trials here, tokens per second of an eager step:[/dim] {trials}")
+        console.print(f"[dim]trials here, tokens per second of forward and backward:[/dim] {trials}")
     else:
         console.print(_gpu_table(told))
     console.print(_law_table(told))

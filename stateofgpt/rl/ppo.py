@@ -30,7 +30,7 @@ from stateofgpt.rl.objective import (
 from stateofgpt.rl.reward_training import score_ids
 from stateofgpt.rl.rollout import Rollouts, policy_logprobs, rollouts_of, values
 from stateofgpt.train.loop import LoopConfig, Trainer
-from stateofgpt.train.loss import Dtype
+from stateofgpt.train.loss import Way
 from stateofgpt.train.optim import OptimConfig
 
 
@@ -106,14 +106,14 @@ class PPO:
         end_id: int,
         reward_mean: float,
         reward_std: float,
-        dtype: Dtype,
+        way: Way,
     ) -> None:
         self.policy, self.reference, self.reward, self.value = policy, reference, reward, value
-        self.config, self.pad_id, self.end_id, self.dtype = config, pad_id, end_id, dtype
+        self.config, self.pad_id, self.end_id, self.way = config, pad_id, end_id, way
         self.mean, self.std = reward_mean, reward_std
         self.kl_coefficient = config.kl_coefficient
-        self.policy_trainer = Trainer(policy, config.policy)
-        self.value_trainer = Trainer(value, config.value)
+        self.policy_trainer = Trainer(policy, config.policy, way.kernels)
+        self.value_trainer = Trainer(value, config.value, way.kernels)
 
     def scores(self, turns: Sequence[Turn]) -> Tensor:
         """Normalised rewards [B]; an answer that did not end its turn gets `no_end_score`, whatever it says."""
@@ -128,8 +128,8 @@ class PPO:
         """Score turns and estimate advantages; also what there is to watch before the update."""
         rollouts = rollouts_of(turns, self.pad_id)
         mask = rollouts.mask
-        logprobs, entropy = self._in_parts(lambda part: policy_logprobs(self.policy, part, self.dtype), rollouts)
-        reference, _ = self._in_parts(lambda part: policy_logprobs(self.reference, part, self.dtype), rollouts)
+        logprobs, entropy = self._in_parts(lambda part: policy_logprobs(self.policy, part, self.way), rollouts)
+        reference, _ = self._in_parts(lambda part: policy_logprobs(self.reference, part, self.way), rollouts)
         (value,) = self._in_parts(lambda part: (self._values(self.value, part),), rollouts)
         scores = self.scores(turns)
         rewards = shaped_rewards(scores, logprobs, reference, mask, self.kl_coefficient)
@@ -161,7 +161,7 @@ class PPO:
 
     def _policy_loss(self, sums: dict[str, float]) -> Callable[[GPT, Experience], Tensor]:
         def loss(model: GPT, batch: Experience) -> Tensor:
-            new, _ = policy_logprobs(model, batch.rollouts, self.dtype)
+            new, _ = policy_logprobs(model, batch.rollouts, self.way)
             out = clipped_policy_loss(new, batch.logprobs, batch.advantages, batch.rollouts.mask, self.config.clip)
             sums["clip_fraction"] += out.clip_fraction.item()
             sums["approx_kl"] += out.approx_kl.item()
@@ -171,7 +171,7 @@ class PPO:
 
     def _values(self, model: ValueModel, rollouts: Rollouts) -> Tensor:
         """Values on the scale of the normalised scores: the model began as the reward model, on its raw scale."""
-        return (values(model, rollouts, self.dtype) - self.mean) / self.std
+        return (values(model, rollouts, self.way) - self.mean) / self.std
 
     def _value_loss(self, model: ValueModel, batch: Experience) -> Tensor:
         new = self._values(model, batch.rollouts)

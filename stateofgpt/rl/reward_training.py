@@ -18,7 +18,7 @@ from stateofgpt.model.heads import RewardModel
 from stateofgpt.rl.objective import pair_accuracy, ranked, ranking_loss
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.train.loop import LoopConfig
-from stateofgpt.train.loss import Dtype
+from stateofgpt.train.loss import Way
 from stateofgpt.train.optim import OptimConfig
 
 
@@ -82,13 +82,14 @@ def ranked_batch(chat: ChatFormat, rankings: Sequence[Ranking], context: int) ->
 class RankingLoss:
     """`loss(model, batch)`: ranking loss summed over the batch's prompts that have a pair."""
 
-    def __init__(self, dtype: Dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, way: Way) -> None:
+        self.way = way
         self.right, self.pairs = 0, 0  # since last asked, of what was trained on
 
     def __call__(self, model: RewardModel, batch: RankedBatch) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            scores = model(batch.ids).float().view(batch.ranks.shape)
+        hidden = self.way.hidden(model, batch.ids)
+        with self.way.autocast():
+            scores = model.read(hidden, batch.ids).float().view(batch.ranks.shape)
         right, pairs = pair_accuracy(scores.detach(), batch.ranks)
         self.right, self.pairs = self.right + right, self.pairs + pairs
         return ranking_loss(scores, batch.ranks) * batch.weight

@@ -17,7 +17,7 @@ from stateofgpt.model.gpt import GPT
 from stateofgpt.model.heads import ValueModel
 from stateofgpt.rl.objective import token_logprobs
 from stateofgpt.rl.reward_training import pad
-from stateofgpt.train.loss import Dtype
+from stateofgpt.train.loss import Way
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,23 @@ def rollouts_of(turns: Sequence[Turn], pad_id: int) -> Rollouts:
     return Rollouts(ids, mask)
 
 
-def policy_logprobs(model: GPT, rollouts: Rollouts, dtype: Dtype) -> tuple[Tensor, Tensor]:
+def policy_logprobs(model: GPT, rollouts: Rollouts, way: Way) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the sampled tokens and entropies, each [B, T], at temperature 1; zero outside the mask.
 
     Only the sampled places go through the head: prompts, tool output and padding are more than half of all.
     """
     sampled = rollouts.mask > 0
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        logits = model.lm_head(model.hidden(rollouts.inputs)[sampled])
+    hidden = way.hidden(model, rollouts.inputs.contiguous())
+    with way.autocast():
+        logits = model.lm_head(hidden[sampled])
     chosen, entropy = token_logprobs(logits, rollouts.targets[sampled])
     empty = torch.zeros(sampled.shape)
     return empty.masked_scatter(sampled, chosen), empty.masked_scatter(sampled, entropy)
 
 
-def values(model: ValueModel, rollouts: Rollouts, dtype: Dtype) -> Tensor:
+def values(model: ValueModel, rollouts: Rollouts, way: Way) -> Tensor:
     """Values [B, T] of the states in which the tokens were chosen."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        out = model(rollouts.inputs)
+    hidden = way.hidden(model, rollouts.inputs.contiguous())
+    with way.autocast():
+        out: Tensor = model.score(hidden).squeeze(-1)
     return out.float()

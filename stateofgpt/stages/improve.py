@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ from stateofgpt.rl.reward_training import (
 from stateofgpt.run import Run, write_json
 from stateofgpt.stages import arena, compared, feedback_set, rl
 from stateofgpt.stages.reward import learn, usual_score
+from stateofgpt.stages.way import way_of
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.loop import LoopConfig, Trainer
@@ -104,7 +105,7 @@ def improve(run_dir: Path, *, minutes: float | None, seed: int, config: Config |
         **to_dict(settled),
         "parent": {"policy": read_lineage(policy).id, "reward": read_lineage(reward).id},
         "feedback": feedback_set.fingerprint(comparisons),
-        "dtype": _dtype(old),
+        "way": asdict(way_of(old)),
     }
     root = _folder(old.root, asked, seed)
     with Run.open(root, RECIPE, asked, seed) as run:
@@ -126,10 +127,6 @@ def _inherited(kind: type[T], old: Run, key: str, otherwise: T) -> T:
         return from_dict(kind, old.config[key])
     except (KeyError, ConfigError):  # a run of another version of the program
         return otherwise
-
-
-def _dtype(old: Run) -> Any:
-    return old.config.get("dtype") or old.stage("pretrain").decide("plan", dict)["dtype"]
 
 
 def _folder(old: Path, asked: dict[str, Any], seed: int) -> Path:
@@ -163,7 +160,7 @@ class _Round:
         self.policy, self.old_reward = models
         self.tokenizer = Tokenizer.load(self.policy)
         self.chat = ChatFormat(self.tokenizer)
-        self.dtype = run.config["dtype"]
+        self.way = way_of(run)
         stage = run.stage("reward")
         self.counts = stage.decide("feedback", lambda: feedback_set.keep(stage, comparisons, old.stage("reward")))
         self.set = feedback_set.read(stage)
@@ -217,7 +214,7 @@ class _Round:
             order = step_order(len(train), self.run.seed, training.prompts_per_step)
             steps = stage.decide("steps", lambda: {"n": self._affordable(train, order)})["n"]
             watched = (self.set.held_out or self.set.replay_held_out or self.set.train)[:LOOKED_AT]
-            learn(model, self.chat, train, watched, order[:steps], stage, training, self.dtype)
+            learn(model, self.chat, train, watched, order[:steps], stage, training, self.way)
             after = self._accuracies(model)
             right, n = after["replay_held_out" if self.set.replay_held_out else "comparisons"]
             result = {
@@ -256,12 +253,12 @@ class _Round:
         """All steps, or as many as the reward model's share of the time allows, by a measured one."""
         if self.seconds is None:
             return len(order)
-        trainer = Trainer(load_reward(self.old_reward), self.config.training.loop)
+        trainer = Trainer(load_reward(self.old_reward), self.config.training.loop, self.way.kernels)
         context = load_reward(self.old_reward).config.max_position_embeddings
         took = []
         for step in (order[0], order[-1]):
             start = time.perf_counter()
-            trainer.step([ranked_batch(self.chat, [train[i] for i in step], context)], RankingLoss(self.dtype), 0.0)
+            trainer.step([ranked_batch(self.chat, [train[i] for i in step], context)], RankingLoss(self.way), 0.0)
             took.append(time.perf_counter() - start)
         return min(len(order), max(4, int(self.seconds * REWARD_SHARE / min(took))))
 
@@ -286,7 +283,7 @@ class _Round:
                 stage,
                 self.policy,
                 self.run.stage("reward").checkpoint,
-                self.dtype,
+                self.way,
                 reward["mean"],
                 reward["std"],
                 own,

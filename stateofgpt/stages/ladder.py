@@ -22,7 +22,7 @@ from stateofgpt.model.gpt import GPTConfig
 from stateofgpt.run import Run, write_json
 from stateofgpt.stages import pretrain
 from stateofgpt.text.tokenizer import Tokenizer
-from stateofgpt.train.dial import choose_dtype, measure_step, shape
+from stateofgpt.train.dial import can_fuse, choose_way, measure_step, shape
 from stateofgpt.train.fit import FEWEST_VALUES, Fit, Point, fit_law
 from stateofgpt.train.law_file import LADDER
 
@@ -84,7 +84,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         shards = Shards.open(run.stage("tokenize").dir)
         plan = stage.decide("plan", lambda: _plan(config, vocab, len(shards.sources)))
         rungs = [Rung(size, plan["steps"] * k) for size in config.sizes for k in config.multiples]
-        results = {rung: _train(config, run, rung, plan["dtype"]) for rung in rungs}
+        results = {rung: _train(config, run, rung, plan) for rung in rungs}
         result = _result(config, run, vocab, results)
         write_json(run.root / LADDER, result)
         stage.finish(result)
@@ -97,13 +97,16 @@ def _shape(size: str, vocab: int, context: int) -> GPTConfig:
 
 
 def _plan(config: Config, vocab: int, n_sources: int) -> dict[str, Any]:
-    """Precision, and the steps of the shortest rung so that all of them fit the time."""
-    dtype = choose_dtype(vocab, config.context) if config.dtype == "auto" else config.dtype
+    """Precision and kernels, and the steps of the shortest rung so that all of them fit the time."""
+    dtype, fused = choose_way(vocab, config.context) if config.dtype == "auto" else (config.dtype, can_fuse())
+    way = {"dtype": dtype, "fused": fused}
     if config.steps is not None:
-        return {"dtype": dtype, "steps": config.steps, "step_seconds": {}}
+        return {**way, "steps": config.steps, "step_seconds": {}}
     assert config.seconds is not None
     seconds = {
-        size: measure_step(_shape(size, vocab, config.context), dtype, rows=config.rows, context=config.context)
+        size: measure_step(
+            _shape(size, vocab, config.context), dtype, rows=config.rows, context=config.context, fused=fused
+        )
         for size in config.sizes
     }
     looks = HELD_OUT_COST * n_sources * config.eval_tokens / (config.rows * config.context) * len(config.multiples)
@@ -115,10 +118,10 @@ def _plan(config: Config, vocab: int, n_sources: int) -> dict[str, Any]:
             f"{config.seconds:.0f} seconds are too few for these {len(config.sizes)} sizes on this machine, which need "
             f"{math.ceil(needed)}; give more minutes, or smaller --ladder.sizes"
         )
-    return {"dtype": dtype, "steps": steps, "step_seconds": seconds}
+    return {**way, "steps": steps, "step_seconds": seconds}
 
 
-def _train(config: Config, run: Run, rung: Rung, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
+def _train(config: Config, run: Run, rung: Rung, plan: dict[str, Any]) -> dict[str, Any]:
     stage = run.inside(f"{RUNGS}/{rung.name}")
     width, layers = map(int, rung.size.split("x"))
     made = pretrain.Config(
@@ -127,8 +130,9 @@ def _train(config: Config, run: Run, rung: Rung, dtype: Literal["float32", "bflo
         layers=layers,
         context=config.context,
         rows=config.rows,
-        dtype=dtype,
+        dtype=plan["dtype"],
         compiled=False,
+        fused=plan["fused"],
         sample_at=(),
         eval_at=(1.0,),
         eval_tokens=config.eval_tokens,

@@ -23,7 +23,7 @@ from stateofgpt.model.checkpoint import save_checkpoint
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.run import Run, Stage
 from stateofgpt.text.tokenizer import Tokenizer
-from stateofgpt.train.dial import choose, shape, timed_steps
+from stateofgpt.train.dial import can_fuse, choose, shape, timed_steps
 from stateofgpt.train.law_file import LADDER, choose_law
 from stateofgpt.train.loop import LoopConfig, Trainer, fit
 from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
@@ -52,6 +52,8 @@ class Config:
     rows: int = 8
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compiled: bool | None = None
+    fused: bool | None = None
+    apart: bool = True  # documents of one row do not attend to each other
     warmup: int = 10
     decay_share: float = 0.6
     sample_at: tuple[float, ...] = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)
@@ -96,20 +98,21 @@ class _Pretraining:
         self.tokenizer = Tokenizer.load(folder)
         self.shards = Shards.open(folder)
         self.weights = {s["name"]: s["weight"] for s in (run.stage("collect").result() or {})["sources"]}
+        self.begins = self.tokenizer.eot if config.apart else None
 
     def work(self) -> dict[str, Any]:
         plan = self.stage.decide("plan", self._plan)
         model = GPT(from_dict(GPTConfig, plan["model"]))
         model.init_weights(torch.Generator().manual_seed(self.run.seed))
-        loss = LanguageModelLoss(plan["dtype"], plan["compiled"])
+        loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"])
         rows, context = self.config.rows, self.config.context
         steps = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss)})["steps"]
         batches = PretrainBatches(self.shards, self.weights, rows, context, self.run.seed, steps * rows)
-        trainer = Trainer(model, self.config.loop)
+        trainer = Trainer(model, self.config.loop, loss.kernels)
         watch = _Watch(self, model, steps)
         fit(
             trainer,
-            lambda step: [Batch.of(*batches.batch(step))],
+            lambda step: [Batch.of(*batches.batch(step), begins=self.begins)],
             loss,
             steps=steps,
             factor=lambda step: warmup_stable_decay(
@@ -130,6 +133,7 @@ class _Pretraining:
                 "model": asdict(shape(c.width, c.layers, vocab, c.context)),
                 "dtype": dtype,
                 "compiled": bool(c.compiled),
+                "fused": (can_fuse() and not c.compiled) if c.fused is None else c.fused,
                 "rates": {},
             }
         if c.seconds is None:
@@ -140,6 +144,7 @@ class _Pretraining:
             "model": asdict(choice.config),
             "dtype": choice.dtype if c.dtype == "auto" else c.dtype,
             "compiled": choice.compiled if c.compiled is None else c.compiled,
+            "fused": (choice.fused and not c.compiled) if c.fused is None else c.fused,
             "rates": choice.rates,
             "law": told,
         }
@@ -154,7 +159,7 @@ class _Pretraining:
         batch = Batch(ids, ids, torch.ones(c.rows, c.context))
         forward_backward = timed_steps(lambda: loss(model, batch), model, 9)
         copy = GPT(model.config)
-        trainer = Trainer(copy, c.loop)
+        trainer = Trainer(copy, c.loop, loss.kernels)
         for p in copy.parameters():
             p.grad = torch.zeros_like(p)
         trainer.optimizer.step(0.0)  # the first also allocates
@@ -229,7 +234,7 @@ class _Watch:
             if n_bytes == 0:
                 continue
             nats = sum(
-                loss(self.model, Batch.of(ids[i : i + 16], targets[i : i + 16], mask[i : i + 16])).item()
+                loss(self.model, Batch.of(*(x[i : i + 16] for x in (ids, targets, mask)), begins=work.begins)).item()
                 for i in range(0, len(ids), 16)
             )
             out[f"val_bpb_{name}"] = bits_per_byte(nats, n_bytes)

@@ -35,10 +35,11 @@ from stateofgpt.rl.reward_training import (
 )
 from stateofgpt.run import Run, Stage
 from stateofgpt.stages.transcript import written
+from stateofgpt.stages.way import way_of
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.loop import Trainer, fit
-from stateofgpt.train.loss import Dtype
+from stateofgpt.train.loss import Way
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
@@ -84,11 +85,11 @@ def learn(
     order: Sequence[Sequence[int]],
     stage: Stage,
     training: RewardTraining,
-    dtype: Dtype,
+    way: Way,
 ) -> None:
     """Train `model` on the rankings in steps of `order`, resumably in the stage's folder; five looks at `held_out`."""
     context = model.config.max_position_embeddings
-    loss = RankingLoss(dtype)
+    loss = RankingLoss(way)
 
     def log(step: int, metrics: dict[str, float]) -> None:
         extra = {}
@@ -101,7 +102,7 @@ def learn(
             stage.log(step, **metrics, **extra)
 
     fit(
-        Trainer(model, training.loop),
+        Trainer(model, training.loop, way.kernels),
         lambda step: [ranked_batch(chat, [train[i] for i in order[step]], context)],
         loss,
         steps=len(order),
@@ -127,13 +128,13 @@ class _RewardModelling:
         self.tokenizer = Tokenizer.load(self.sft)
         self.chat = ChatFormat(self.tokenizer)
         self.labeller = SimulatedLabeller(run.seed, config.noise)
-        self.dtype = run.stage("pretrain").decide("plan", dict)["dtype"]
+        self.way = way_of(run)
 
     def work(self) -> dict[str, Any]:
         train, held_out = self._rankings()
         model = RewardModel(load_model(self.sft), self.tokenizer.pad)
         order = step_order(len(train), self.run.seed, self.config.training.prompts_per_step)
-        learn(model, self.chat, train, held_out, order, self.stage, self.config.training, self.dtype)
+        learn(model, self.chat, train, held_out, order, self.stage, self.config.training, self.way)
         return self._finish(model, train, held_out)
 
     # ---- rankings -------------------------------------------------------------------------------------------------
@@ -167,9 +168,9 @@ class _RewardModelling:
         model = RewardModel(load_model(self.sft), self.tokenizer.pad)
         context = model.config.max_position_embeddings
         per_step = self.config.training.prompts_per_step
-        trainer = Trainer(model, self.config.training.loop)
+        trainer = Trainer(model, self.config.training.loop, self.way.kernels)
         for i in range(0, len(chunk), per_step):
-            trainer.step([ranked_batch(self.chat, chunk[i : i + per_step], context)], RankingLoss(self.dtype), 0.0)
+            trainer.step([ranked_batch(self.chat, chunk[i : i + per_step], context)], RankingLoss(self.way), 0.0)
         seconds = time.perf_counter() - start
         left = self.config.seconds - self.stage.seconds() - 3.0
         return max(2, 1 + int(left / seconds)) * CHUNK

@@ -33,8 +33,10 @@ from stateofgpt.rl.labeller import SimulatedLabeller
 from stateofgpt.rl.ppo import PPO, PPOConfig
 from stateofgpt.run import Run, Stage
 from stateofgpt.stages.transcript import written
+from stateofgpt.stages.way import way_of
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
+from stateofgpt.train.loss import Way
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
@@ -72,9 +74,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         if (done := stage.result()) is not None:
             return done
         sft, reward = run.stage("sft").checkpoint, run.stage("reward").checkpoint
-        dtype = run.stage("pretrain").decide("plan", dict)["dtype"]
+        way = way_of(run)
         normal = run.stage("reward").result() or {}
-        return PolicyTraining(config, run, stage, sft, reward, dtype, normal["mean"], normal["std"]).work()
+        return PolicyTraining(config, run, stage, sft, reward, way, normal["mean"], normal["std"]).work()
 
 
 class PolicyTraining:
@@ -91,7 +93,7 @@ class PolicyTraining:
         stage: Stage,
         start: Path,
         reward: Path,
-        dtype: Any,
+        way: Way,
         mean: float,
         std: float,
         own: Sequence[Conversation] = (),
@@ -112,7 +114,7 @@ class PolicyTraining:
             end_id=self.tokenizer.im_end,
             reward_mean=mean,
             reward_std=std,
-            dtype=dtype,
+            way=way,
         )
         self.engine = Engine(self.ppo.policy, max_batch=config.batch)
         self.session = Session(self.engine, self.chat, Toolbox())

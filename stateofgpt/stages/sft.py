@@ -44,6 +44,7 @@ class Config:
     seconds: float | None = None
     steps: int | None = None
     rows: int = 8
+    apart: bool = True  # conversations of one row do not attend to each other
     warmup: int = 5
     decay_share: float = 0.6
     validation_rows: int = 16
@@ -110,16 +111,16 @@ class _Finetuning:
         context = model.config.max_position_embeddings
         packer = self._packer(self.draws, self.config.rows, context)
         held_out = self._packer(self.draws.held_out, self.config.validation_rows, context).step(0)
-        loss = LanguageModelLoss(plan["dtype"], plan["compiled"])
+        loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"])
         steps = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss, packer)})["steps"]
-        trainer = Trainer(model, self.config.loop)
+        trainer = Trainer(model, self.config.loop, loss.kernels)
         counts = {"conversations": 0, "truncated": 0}
 
         def batches(step: int) -> list[Batch]:
             packed = packer.step(step)
             counts["conversations"] += packed.conversations
             counts["truncated"] += packed.truncated
-            return [_batch(packed)]
+            return [self._batch(packed)]
 
         def resume(step: int) -> None:
             self.stage.truncate_metrics(step)
@@ -146,6 +147,10 @@ class _Finetuning:
         )
         return self._finish(model, steps)
 
+    def _batch(self, packed: Packed) -> Batch:
+        begins = self.tokenizer.eot if self.config.apart else None
+        return Batch.of(packed.ids, packed.targets, packed.weights, begins=begins)
+
     def _packer(self, draw: Any, rows: int, context: int) -> Packer:
         return Packer(self.chat, draw, rows=rows, context=context, pad=self.tokenizer.pad)
 
@@ -155,11 +160,11 @@ class _Finetuning:
             return self.config.steps
         assert self.config.seconds is not None
         weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-        trainer = Trainer(model, self.config.loop)
-        trainer.step([_batch(packer.step(0))], loss, 0.0)
+        trainer = Trainer(model, self.config.loop, loss.kernels)
+        trainer.step([self._batch(packer.step(0))], loss, 0.0)
         start = time.perf_counter()
         for step in (1, 2, 3):
-            trainer.step([_batch(packer.step(step))], loss, 0.0)
+            trainer.step([self._batch(packer.step(step))], loss, 0.0)
         seconds = (time.perf_counter() - start) / 3
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -168,7 +173,7 @@ class _Finetuning:
 
     @torch.no_grad()
     def _validate(self, model: GPT, packed: Packed) -> float:
-        batch = _batch(packed)
+        batch = self._batch(packed)
         return LanguageModelLoss("float32")(model, batch).item() / max(1.0, batch.weight)
 
     def _finish(self, model: GPT, steps: int) -> dict[str, Any]:
@@ -198,7 +203,3 @@ class _Finetuning:
 
     def _example(self, i: int) -> str:
         return self.tokenizer.decode(self.chat.render(self.draws(0, i)).ids, skip_special=False)
-
-
-def _batch(packed: Packed) -> Batch:
-    return Batch.of(packed.ids, packed.targets, packed.weights)

@@ -47,8 +47,9 @@ def run(config: pretrain.Config, run: Run) -> dict[str, Any]:
         for made in smaller:
             width, layers = made.hidden_size, made.num_hidden_layers
             of_this = replace(
-                config, seconds=None, steps=steps, width=width, layers=layers, dtype=plan["dtype"], compiled=False
-            )
+                config, seconds=None, steps=steps, width=width, layers=layers, dtype=plan["dtype"], compiled=False,
+                fused=plan["fused"],
+            )  # fmt: skip
             folder = run.inside(f"pretrain/{width}x{layers}")
             with folder.timed():
                 if folder.result() is None:
@@ -75,7 +76,8 @@ def _steps(config: pretrain.Config, plan: dict[str, Any], models: list[GPTConfig
         return config.steps
     assert config.seconds is not None
     rows, context = config.rows, config.context
-    each = [measure_step(model, plan["dtype"], rows=rows, context=context) for model in models]
+    way = {"rows": rows, "context": context, "fused": plan["fused"]}
+    each = [measure_step(model, plan["dtype"], **way) for model in models]
     looks = sum(each) * LOOKS * config.eval_tokens / 8192
     left = config.seconds - stage.seconds() - looks - SAMPLE_SECONDS * len(config.sample_at) * len(models)
     if plan["compiled"]:

@@ -16,6 +16,7 @@ from statistics import median
 import torch
 
 from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.train import kernels
 from stateofgpt.train.loop import LoopConfig, Trainer
 from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
 from stateofgpt.train.scaling import EPOCH, Law
@@ -29,11 +30,13 @@ DTYPES: tuple[Dtype, Dtype] = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Choice:
-    """What to train: a shape, a precision, and whether to compile, with the rates (tokens per second) behind it."""
+    """What to train: a shape, a precision, and a way (fused, compiled or plain), with the rates (tokens per second)
+    behind it."""
 
     config: GPTConfig
     dtype: Dtype
     compiled: bool
+    fused: bool
     rates: dict[str, float]
 
 
@@ -52,23 +55,29 @@ def shape(width: int, layers: int, vocab_size: int, context: int) -> GPTConfig:
     )
 
 
-def measure_rate(config: GPTConfig, dtype: Dtype, *, rows: int, context: int, repeats: int = 2) -> float:
-    """Training tokens per second of an eager forward and backward pass on rows x context random tokens."""
+def measure_rate(
+    config: GPTConfig, dtype: Dtype, *, rows: int, context: int, repeats: int = 2, fused: bool = False
+) -> float:
+    """Training tokens per second of a forward and backward pass, not compiled, on rows x context random tokens."""
     generator = torch.Generator().manual_seed(0)
     model = GPT(config)
     model.init_weights(generator)
     ids = torch.randint(0, config.vocab_size, (rows, context + 1), generator=generator)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(rows, context))
-    seconds = timed_steps(lambda: LanguageModelLoss(dtype)(model, batch), model, repeats)
+    loss = LanguageModelLoss(dtype, fused=fused)
+    seconds = timed_steps(lambda: loss(model, batch), model, repeats)
     return rows * context / seconds
 
 
-def measure_step(config: GPTConfig, dtype: Dtype, *, rows: int, context: int, repeats: int = 3) -> float:
-    """Median seconds of a whole eager training step, the optimizer's part included, on rows x context random tokens."""
+def measure_step(
+    config: GPTConfig, dtype: Dtype, *, rows: int, context: int, repeats: int = 3, fused: bool = False
+) -> float:
+    """Median seconds of a whole training step, not compiled, optimizer included, on rows x context random tokens."""
     generator = torch.Generator().manual_seed(0)
     model = GPT(config)
     model.init_weights(generator)
-    trainer, loss = Trainer(model, LoopConfig()), LanguageModelLoss(dtype)
+    loss = LanguageModelLoss(dtype, fused=fused)
+    trainer = Trainer(model, LoopConfig(), loss.kernels)
     ids = torch.randint(0, config.vocab_size, (rows, context + 1), generator=generator)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(rows, context))
     times = []
@@ -91,11 +100,17 @@ def timed_steps(loss: Callable[[], torch.Tensor], model: torch.nn.Module, repeat
     return median(times[1:])
 
 
-def choose_dtype(vocab_size: int, context: int) -> Dtype:
-    """bfloat16 where it is faster on this machine, else float32; a trial on a small model."""
+def choose_way(vocab_size: int, context: int) -> tuple[Dtype, bool]:
+    """The fastest precision on this machine, and whether the fused kernels are; trials on a small model."""
     trial = shape(192, 2, vocab_size, context)
-    slow, fast = (measure_rate(trial, dtype, rows=8, context=context) for dtype in DTYPES)
-    return DTYPES[fast > slow]
+    ways = [(dtype, fused) for dtype in DTYPES for fused in (False, True) if not fused or can_fuse()]
+    rates = {way: measure_rate(trial, way[0], rows=8, context=context, fused=way[1]) for way in ways}
+    return max(ways, key=lambda way: rates[way])
+
+
+def can_fuse() -> bool:
+    """Whether the fused kernels run on this machine."""
+    return kernels.load() is not None
 
 
 def can_compile() -> bool:
@@ -115,13 +130,13 @@ def choose(vocab_size: int, context: int, seconds: float, *, rows: int, law: Law
     that of `law` (Chinchilla's with Epoch AI's constants, arXiv 2404.10102, where no other is measured) at the tokens
     that the rate allows.
     """
-    dtype = choose_dtype(vocab_size, context)
-    compiled = can_compile() and seconds > 3 * COMPILE_SECONDS
+    dtype, fused = choose_way(vocab_size, context)
+    compiled = not fused and can_compile() and seconds > 3 * COMPILE_SECONDS
     rates: dict[str, float] = {}
     best: tuple[float, GPTConfig] | None = None
     for width, layers in SHAPES:
         config = shape(width, layers, vocab_size, context)
-        rate = measure_rate(config, dtype, rows=min(rows, 8), context=context)
+        rate = measure_rate(config, dtype, rows=min(rows, 8), context=context, fused=fused)
         rates[f"{width}x{layers}"] = round(rate, 1)
         loss = law.loss(GPT(config).n_params(), tokens_within(seconds, rate, compiled))
         if best is not None and loss > best[0] * 1.02:
@@ -129,7 +144,7 @@ def choose(vocab_size: int, context: int, seconds: float, *, rows: int, law: Law
         if best is None or loss < best[0]:
             best = (loss, config)
     assert best is not None
-    return Choice(best[1], dtype, compiled, rates)
+    return Choice(best[1], dtype, compiled, fused, rates)
 
 
 def peak_memory_bytes() -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stateofgpt.errors import ModelError
+from stateofgpt.train.kernels import Kernels
 from stateofgpt.train.optim import MuonAdamW, OptimConfig
 from stateofgpt.train.state import TrainState
 
@@ -41,12 +42,12 @@ class LoopConfig:
 
 
 class Trainer:
-    """A model with its optimizer."""
+    """A model with its optimizer; with `kernels` the optimizer's passes are fused."""
 
-    def __init__(self, model: nn.Module, config: LoopConfig) -> None:
+    def __init__(self, model: nn.Module, config: LoopConfig, kernels: Kernels | None = None) -> None:
         self.model = model
         self.config = config
-        self.optimizer = MuonAdamW(model.named_parameters(), config.optim)
+        self.optimizer = MuonAdamW(model.named_parameters(), config.optim, kernels)
 
     def step(self, batches: Sequence[Weighted], loss: Loss, factor: float) -> dict[str, float]:
         """One optimizer step on the mean loss over all targets of `batches`; learning rates times `factor`.
@@ -60,18 +61,19 @@ class Trainer:
             value = loss(self.model, batch) / total_weight
             value.backward()
             total += value.item()
-        norm = self.clip_gradients()
+        norm = self.gradient_norm()
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise ModelError(
                 f"the loss is {total} and the gradient norm {norm} at optimizer step {self.optimizer.step_count}; "
                 "nothing was changed: lower the learning rate, or look at this step's batch"
             )
-        self.optimizer.step(factor)
+        self.optimizer.step(factor, min(1.0, self.config.clip / (norm + 1e-6)))
         return {"loss": total, "grad_norm": norm, "lr": self.config.optim.lr * factor}
 
-    def clip_gradients(self) -> float:
-        """Scale all gradients so that their joint norm is at most `clip`; the norm before that is returned."""
-        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
+    def gradient_norm(self) -> float:
+        """The joint norm of all gradients; a step scales them so that it is at most `clip`."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and optimizer state under one set of names."""

@@ -13,51 +13,117 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stateofgpt.errors import ModelError
 from stateofgpt.model.gpt import GPT
+from stateofgpt.train import fused as fused_pass
+from stateofgpt.train import kernels
+from stateofgpt.train.kernels import Kernels
 
 Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a forward pass for training runs: its precision, and whether through the fused kernels."""
+
+    dtype: Dtype = "float32"
+    fused: bool = False
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """The kernels, where they are asked for. Raises ModelError where they cannot be had."""
+        if not self.fused:
+            return None
+        found = kernels.load()
+        if found is None:
+            raise ModelError(
+                "this run uses the fused kernels, and they cannot be compiled here: install a C compiler with OpenMP"
+            )
+        return found
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    def hidden(self, model: fused_pass.Decoder, ids: Tensor) -> Tensor:
+        """Final hidden states [B, T, C] of `ids` [B, T]; what follows a document in its row is not seen by it."""
+        if (found := self.kernels) is not None and fused_pass.fits(model, ids):
+            return fused_pass.fused_hidden(found, model, ids, self.torch_dtype)
+        with self.autocast():
+            out: Tensor = model.model(ids)
+        return out
+
+    def autocast(self) -> torch.autocast:
+        """Torch's automatic choice of precision, for what is not fused."""
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+
+@dataclass(frozen=True)
 class Batch:
-    """`ids`, `targets` [B, T] int64; `weights` [B, T] float32, 0 where a target does not count."""
+    """`ids`, `targets` [B, T] int64; `weights` [B, T] float32, 0 where a target does not count.
+
+    `firsts` [B, T] int32, where there are any, is the place at which each position's document begins: a document then
+    never attends to the one before it in its row.
+    """
 
     ids: Tensor
     targets: Tensor
     weights: Tensor
+    firsts: Tensor | None = None
 
     @property
     def weight(self) -> float:
         return float(self.weights.sum())
 
     @staticmethod
-    def of(ids: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> Batch:
-        """From numpy arrays of shape [B, T]; without weights every target counts."""
+    def of(
+        ids: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None, *, begins: int | None = None
+    ) -> Batch:
+        """From numpy arrays of shape [B, T]; without weights every target counts. `begins` is the id with which every
+        document begins; with it, documents are kept apart."""
         targets_tensor = torch.from_numpy(targets)
         ones = torch.ones(targets.shape) if weights is None else torch.from_numpy(weights).float()
-        return Batch(torch.from_numpy(ids), targets_tensor, ones)
+        firsts = None
+        if begins is not None:
+            starts = np.where(ids == begins, np.arange(ids.shape[1], dtype=np.int32), np.int32(0))
+            firsts = torch.from_numpy(np.maximum.accumulate(starts, axis=1))
+        return Batch(torch.from_numpy(ids), targets_tensor, ones, firsts)
 
 
 class LanguageModelLoss:
-    """`loss(model, batch) -> summed loss in nats`, in one precision, compiled or not.
+    """`loss(model, batch) -> summed loss in nats`, in one precision; plain, compiled, or `fused` (`train.fused`).
+
+    Fused is the fastest on a CPU and needs a C compiler for a second, once on a machine; what it cannot do (other
+    architectures, long contexts) goes the plain way.
 
     What is compiled is one block, whose code then serves all of them, and the head with its loss: a third of the time
     it takes to compile the whole. The embedding look-up stays outside: its gradient is a scatter, which the compiler
     would turn into atomic adds whose order, and so whose rounding, differs from run to run.
     """
 
-    def __init__(self, dtype: Dtype = "float32", compiled: bool = False) -> None:
-        self.dtype: Dtype = dtype
-        self.compiled = compiled
+    def __init__(self, dtype: Dtype = "float32", compiled: bool = False, fused: bool = False) -> None:
+        self.way = Way(dtype, fused)
+        self.kernels = self.way.kernels
         self._block = torch.compile(_block, dynamic=False) if compiled else _block
         self._head = torch.compile(_head, dynamic=False) if compiled else _head
 
     def __call__(self, model: GPT, batch: Batch) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        if self.kernels is not None and fused_pass.fits(model, batch.ids):
+            return fused_pass.fused_loss(
+                self.kernels, model, batch.ids, batch.targets, batch.weights, self.way.torch_dtype, batch.firsts
+            )
+        with self.way.autocast():
             trunk = model.model
-            x = trunk.run(trunk.embed_tokens(batch.ids), run_block=self._block)
+            mask = None if batch.firsts is None else _seen(batch.firsts)
+            x = trunk.run(trunk.embed_tokens(batch.ids), mask, run_block=self._block)
             out: Tensor = self._head(trunk.norm, model.lm_head.weight, x, batch.targets, batch.weights)
         return out
+
+
+def _seen(firsts: Tensor) -> Tensor:
+    """The attention mask [B, 1, T, T] of documents that begin at `firsts` [B, T]: True where a query may look."""
+    places = torch.arange(firsts.shape[1], device=firsts.device)
+    return ((places <= places[:, None]) & (places >= firsts[:, :, None]))[:, None]
 
 
 def _block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:

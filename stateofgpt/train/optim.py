@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stateofgpt.train.kernels import Kernels
+
 # Quintic steps towards the polar factor: the first five of Polar Express (arXiv 2505.16932, Algorithm 1 and its code).
 POLAR_COEFFICIENTS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -62,10 +64,16 @@ def orthogonalise(stack: Tensor) -> Tensor:
 
 
 class MuonAdamW:
-    """One optimizer over the named parameters of a model, with a state that is a flat dict of tensors."""
+    """One optimizer over the named parameters of a model, with a state that is a flat dict of tensors.
 
-    def __init__(self, params: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> None:
+    With `kernels` everything but the matrix products of the iteration is one pass over each tensor.
+    """
+
+    def __init__(
+        self, params: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, kernels: Kernels | None = None
+    ) -> None:
         self.config = config
+        self.kernels = kernels
         self.step_count = 0
         self.params = dict(params)
         hidden = {n: p for n, p in self.params.items() if p.ndim == 2 and ".layers." in n and config.use_muon}
@@ -91,29 +99,39 @@ class MuonAdamW:
             p.grad = None
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """Apply the gradients that stand in `.grad`, with both learning rates times `factor`."""
+    def step(self, factor: float, scale: float = 1.0) -> None:
+        """Apply the gradients that stand in `.grad`, each times `scale`, with both learning rates times `factor`."""
         self.step_count += 1
         for names, weights, momentum in zip(self.stacks, self.weights, self.momenta, strict=True):
-            self._muon(names, weights, momentum, factor)
+            self._muon(names, weights, momentum, factor, scale)
         for name in self.adam:
-            self._adamw(name, factor)
+            self._adamw(name, factor, scale)
 
-    def _muon(self, names: list[str], weights: Tensor, momentum: Tensor, factor: float) -> None:
+    def _muon(self, names: list[str], weights: Tensor, momentum: Tensor, factor: float, scale: float) -> None:
         params = [self.params[n] for n in names]
         grads = torch.stack([p.grad if p.grad is not None else torch.zeros_like(p) for p in params])
-        momentum.lerp_(grads, 1.0 - self.config.momentum)
-        update = orthogonalise(grads.lerp_(momentum, self.config.momentum)).float()
-        rows, columns = update.shape[-2:]
+        rows, columns = grads.shape[-2:]
         lr = self.config.muon_lr * factor * max(1.0, rows / columns) ** 0.5
+        if self.kernels is not None:
+            update = self.kernels.muon_momentum(grads, momentum, self.config.momentum, scale)
+            self.kernels.muon_apply(weights, orthogonalise(update), lr, self.config.weight_decay)
+            return
+        momentum.lerp_(grads.mul_(scale), 1.0 - self.config.momentum)
+        update = orthogonalise(grads.lerp_(momentum, self.config.momentum)).float()
         self._decay(weights, update, lr)
         weights.sub_(update, alpha=lr)
 
-    def _adamw(self, name: str, factor: float) -> None:
+    def _adamw(self, name: str, factor: float, scale: float) -> None:
         p, c, t = self.params[name], self.config, self.step_count
         if p.grad is None:
             return
         m, v = self.first[name], self.second[name]
+        if self.kernels is not None:
+            decay = c.weight_decay if p.ndim == 2 else 0.0
+            rates = (c.lr * factor, c.beta1, c.beta2, c.eps, decay, 1.0 - c.beta1**t, 1.0 - c.beta2**t, scale)
+            self.kernels.adamw(p, p.grad.contiguous(), m, v, rates)
+            return
+        p.grad.mul_(scale)
         m.lerp_(p.grad, 1.0 - c.beta1)
         v.mul_(c.beta2).addcmul_(p.grad, p.grad, value=1.0 - c.beta2)
         update = (m / (1.0 - c.beta1**t)) / ((v / (1.0 - c.beta2**t)).sqrt_().add_(c.eps))

@@ -79,7 +79,7 @@ class Plan:
 
 
 def count(config: GPTConfig) -> tuple[int, int]:
-    """Parameters of a shape: all, and those outside the embedding (and the head, where it is not the embedding)."""
+    """Parameters of a qwen3 or llama shape without biases: all, and those outside the embedding and an untied head."""
     c, f, d = config.hidden_size, config.intermediate_size, config.head_dim
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     block = 2 * c * heads * d + 2 * c * groups * d + 3 * c * f + 2 * c + (2 * d if config.qk_norm else 0)

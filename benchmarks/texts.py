@@ -1,0 +1,62 @@
+"""The data of the benchmarks of training: one text file, as characters or as byte-pair tokens, split once.
+
+Owns the folder in which both sides find the same ids: `train.npy`, `validation.npy` (the last tenth of the text, as is
+the custom for this recipe) and `corpus.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Ids of a text. `train` and `validation` are flat arrays; `bytes_per_token` is that of the held-out part."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    vocab_size: int
+    bytes_per_token: float
+
+    @staticmethod
+    def open(folder: Path) -> Corpus:
+        """The corpus that `prepare` wrote."""
+        about = json.loads((folder / "corpus.json").read_text())
+        parts = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("train", "validation"))
+        return Corpus(*parts, about["vocab_size"], about["bytes_per_token"])
+
+
+def prepare(text: str, folder: Path, vocab_size: int | None = None) -> Corpus:
+    """Split and encode a text: by characters, or with a byte-pair vocabulary trained on the training part."""
+    cut = int(len(text) * 0.9)
+    parts = {"train": text[:cut], "validation": text[cut:]}
+    if vocab_size is None:
+        index = {character: number for number, character in enumerate(sorted(set(text)))}
+        ids = {name: [index[c] for c in part] for name, part in parts.items()}
+        size = len(index)
+    else:
+        from stateofgpt.text.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.train([parts["train"][i : i + 5000] for i in range(0, cut, 5000)], vocab_size)
+        ids = {name: tokenizer.encode(part) for name, part in parts.items()}
+        size = -(-tokenizer.vocab_size // 64) * 64
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, numbers in ids.items():
+        np.save(folder / f"{name}.npy", np.asarray(numbers, np.uint16), allow_pickle=False)
+    ratio = len(parts["validation"].encode()) / len(ids["validation"])
+    (folder / "corpus.json").write_text(json.dumps({"vocab_size": size, "bytes_per_token": ratio}))
+    return Corpus.open(folder)
+
+
+def validation_windows(corpus: Corpus, context: int, at_once: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All whole windows of the held-out part, one after the other: (ids, targets) [<= at_once, context]."""
+    n = (len(corpus.validation) - 1) // context
+    ids = corpus.validation[: n * context].astype(np.int64).reshape(n, context)
+    targets = corpus.validation[1 : n * context + 1].astype(np.int64).reshape(n, context)
+    for i in range(0, n, at_once):
+        yield ids[i : i + at_once], targets[i : i + at_once]

@@ -1,0 +1,268 @@
+"""The training forward and backward pass of a Qwen3 or LLaMA decoder, with few and large operations.
+
+Owns: the same mathematics as `model.gpt` from embeddings to the summed loss, with its own gradients: matrix products by
+torch, what lies between them by `train.kernels`. The model's own `forward` is the reference; tests compare losses and
+every gradient. Knows no optimizer and no data.
+
+Three things make it fast on a CPU. Weights of a kind are cast to the working precision together, once a step. Attention
+is two batched products around a softmax in place, in blocks that skip most of the future (torch's fused CPU kernel
+takes three to six times as long here, most of it in its backward pass). The head never holds more than a few megabytes
+of logits, which become their own gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stateofgpt.model.gpt import GPT, MLP, Attention, Block, GPTConfig, Trunk
+from stateofgpt.train.kernels import Kernels
+
+BLOCK = 128  # queries that attend together: what lies past them is never computed
+LOGITS = 1 << 21  # logits held at a time
+LONGEST = 1024  # tokens of context: attention keeps its probabilities, which grow with the square of this
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What all blocks share."""
+
+    kernels: Kernels
+    sizes: tuple[int, int, int, int, int]  # B, T, H, K, D
+    tables: tuple[Tensor, Tensor]
+    firsts: Tensor | None
+    eps: float
+
+
+class Decoder(Protocol):
+    """Anything on a decoder's trunk: a language model, a reward model, a value model."""
+
+    config: GPTConfig
+    model: Trunk
+
+
+def fits(model: Decoder, ids: Tensor) -> bool:
+    """Whether the fused pass can take this model and ids [B, T]; it knows no biases."""
+    c = model.config
+    known = c.arch in ("qwen3", "llama") and c.head_dim % 2 == 0 and not (c.attention_bias or c.mlp_bias)
+    return known and ids.shape[1] <= LONGEST and ids.device.type == "cpu"
+
+
+def fused_loss(
+    kernels: Kernels,
+    model: GPT,
+    ids: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype,
+    firsts: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy in nats, summed by `weights`; `ids`, `targets` [B, T] int64, `weights` [B, T] float32.
+
+    `firsts` [B, T] int32 is where each position's document begins: nothing before it is attended to.
+    """
+    x, spec = _blocks(kernels, model, ids, dtype, firsts)
+    out: Tensor = _Head.apply(
+        x, model.model.norm.weight, model.lm_head.weight.to(dtype), targets.reshape(-1), weights.reshape(-1), spec
+    )
+    return out
+
+
+def fused_hidden(kernels: Kernels, model: Decoder, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Final hidden states [B, T, C] of `ids` [B, T], after the last norm, in `dtype`."""
+    x, spec = _blocks(kernels, model, ids, dtype, None)
+    out: Tensor = _Norm.apply(x, model.model.norm.weight, spec)
+    return out.view(*ids.shape, -1)
+
+
+def _blocks(
+    kernels: Kernels, model: Decoder, ids: Tensor, dtype: torch.dtype, firsts: Tensor | None
+) -> tuple[Tensor, _Spec]:
+    """Everything from the embedding up to the final norm: [B T, C]."""
+    c, trunk = model.config, model.model
+    B, T = ids.shape
+    half = c.head_dim // 2
+    tables = (trunk.cos[:T, :half].contiguous(), trunk.sin[:T, :half].contiguous())
+    sizes = (B, T, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+    spec = _Spec(kernels, sizes, tables, firsts, c.rms_norm_eps)
+    x = trunk.embed_tokens(ids).view(B * T, c.hidden_size).to(dtype)
+    layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
+    for layer, parts in zip(layers, _prepared(layers, dtype), strict=True):
+        gains = _gains(layer.self_attn, c)
+        norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+        x = _Block.apply(x, *parts, *norms, gains, spec)
+    return x, spec
+
+
+def _prepared(layers: list[Block], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+    """Of each layer: query-key-value, output, gate-and-up and down weights in the working precision."""
+    attention, mlp = [x.self_attn for x in layers], [x.mlp for x in layers if isinstance(x.mlp, MLP)]
+    kinds = (
+        [w for x in attention for w in (x.q_proj.weight, x.k_proj.weight, x.v_proj.weight)],
+        [x.o_proj.weight for x in attention],
+        [w for x in mlp for w in (x.gate_proj.weight, x.up_proj.weight)],
+        [x.down_proj.weight for x in mlp],
+    )
+    return list(zip(*(torch.cat(kind).to(dtype).chunk(len(layers)) for kind in kinds), strict=True))
+
+
+def _gains(attention: Attention, config: GPTConfig) -> Tensor | None:
+    """The gains of all query and key heads [H + K, D], or None."""
+    if not config.qk_norm:
+        return None
+    q = attention.q_norm.weight.expand(config.num_attention_heads, -1)
+    return torch.cat((q, attention.k_norm.weight.expand(config.num_key_value_heads, -1)))
+
+
+class _Block(torch.autograd.Function):
+    """One residual block: x [N, C] -> [N, C]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        qkv_w: Tensor,
+        o_w: Tensor,
+        gate_up_w: Tensor,
+        down_w: Tensor,
+        norm_in: Tensor,
+        norm_mlp: Tensor,
+        gains: Tensor | None,
+        spec: _Spec,
+    ) -> Tensor:
+        k = spec.kernels
+        h, rstd = k.rmsnorm(x, norm_in, spec.eps)
+        qkv = h @ qkv_w.t()
+        q, key, v, rstd_qk = k.rope(qkv, gains, spec.tables, spec.sizes, spec.eps)
+        y, probs = _attend(q, key, v, spec)
+        middle = torch.addmm(x, y, o_w.t())
+        h_mlp, rstd_mlp = k.rmsnorm(middle, norm_mlp, spec.eps)
+        gate_up = h_mlp @ gate_up_w.t()
+        hidden = k.swiglu(gate_up)
+        ctx.spec, ctx.n_probs = spec, len(probs)
+        ctx.save_for_backward(
+            x, qkv_w, o_w, gate_up_w, down_w, norm_in, norm_mlp, gains, h, rstd, qkv, q, key, v, rstd_qk, y, middle,
+            h_mlp, rstd_mlp, gate_up, hidden, *probs,
+        )  # fmt: skip
+        return torch.addmm(middle, hidden, down_w.t())
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (
+            x, qkv_w, o_w, gate_up_w, down_w, norm_in, norm_mlp, gains, h, rstd, qkv, q, key, v, rstd_qk, y, middle,
+            h_mlp, rstd_mlp, gate_up, hidden, *probs,
+        ) = ctx.saved_tensors  # fmt: skip
+        spec, k = ctx.spec, ctx.spec.kernels
+        dout = dout.contiguous()
+        dgate_up = k.swiglu_backward(dout @ down_w, gate_up)
+        dmiddle, dnorm_mlp = k.rmsnorm_backward(dgate_up @ gate_up_w, middle, norm_mlp, rstd_mlp, dout)
+        grads = _attend_backward(dmiddle @ o_w, q, key, v, probs, spec)
+        dqkv, dgains = k.rope_backward(grads, qkv, gains, spec.tables, rstd_qk, spec.sizes)
+        dx, dnorm_in = k.rmsnorm_backward(dqkv @ qkv_w, x, norm_in, rstd, dmiddle)
+        return (
+            dx,
+            dqkv.t() @ h,
+            dmiddle.t() @ y,
+            dgate_up.t() @ h_mlp,
+            dout.t() @ hidden,
+            dnorm_in,
+            dnorm_mlp,
+            None if gains is None else dgains,
+            None,
+        )
+
+
+def _attend(q: Tensor, key: Tensor, v: Tensor, spec: _Spec) -> tuple[Tensor, list[Tensor]]:
+    """Causal attention: y [B T, H D], and the probabilities of each block of queries."""
+    B, T, H, K, D = spec.sizes
+    out, probs = q.new_empty(B, T, H, D), []
+    keys, values = _per_query_head(key, H // K), _per_query_head(v, H // K)
+    queries = q.view(B * H, T, D)
+    for start in range(0, T, BLOCK):
+        end = min(start + BLOCK, T)
+        scores = torch.bmm(queries[:, start:end], keys[:, :end].mT)
+        spec.kernels.softmax_(scores, spec.firsts, start, H, D**-0.5)
+        probs.append(scores)
+        out[:, start:end] = torch.bmm(scores, values[:, :end]).view(B, H, end - start, D).transpose(1, 2)
+    return out.view(B * T, H * D), probs
+
+
+def _attend_backward(
+    dy: Tensor, q: Tensor, key: Tensor, v: Tensor, probs: list[Tensor], spec: _Spec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q [B, H, T, D], keys and values [B, K, T, D]."""
+    B, T, H, K, D = spec.sizes
+    dy = dy.view(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
+    keys, values = _per_query_head(key, H // K), _per_query_head(v, H // K)
+    queries = q.view(B * H, T, D)
+    dq, dk, dv = torch.empty_like(queries), torch.zeros_like(queries), torch.zeros_like(queries)
+    for p, start in zip(probs, range(0, T, BLOCK), strict=True):
+        end = min(start + BLOCK, T)
+        own = dy[:, start:end]
+        dv[:, :end].baddbmm_(p.mT, own)
+        ds = torch.bmm(own, values[:, :end].mT)
+        spec.kernels.softmax_backward_(p, ds, start, D**-0.5)
+        dq[:, start:end] = torch.bmm(ds, keys[:, :end])
+        dk[:, :end].baddbmm_(ds.mT, queries[:, start:end])
+    grouped = (B, K, H // K, T, D)
+    if H != K:
+        dk, dv = dk.view(grouped).sum(2), dv.view(grouped).sum(2)
+    return dq.view(B, H, T, D), dk.view(B, K, T, D), dv.view(B, K, T, D)
+
+
+def _per_query_head(x: Tensor, group: int) -> Tensor:
+    """Keys or values [B, K, T, D] as [B H, T, D], repeated for the query heads that share them."""
+    B, K, T, D = x.shape
+    return x[:, :, None].expand(B, K, group, T, D).reshape(B * K * group, T, D)
+
+
+class _Norm(torch.autograd.Function):
+    """The final norm alone: x [N, C] -> [N, C]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor, spec: _Spec) -> Tensor:
+        y, rstd = spec.kernels.rmsnorm(x, norm, spec.eps)
+        ctx.spec = spec
+        ctx.save_for_backward(x, norm, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, rstd = ctx.saved_tensors
+        dx, dnorm = ctx.spec.kernels.rmsnorm_backward(dy.contiguous(), x, norm, rstd, torch.zeros_like(x))
+        return dx, dnorm, None
+
+
+class _Head(torch.autograd.Function):
+    """The final norm, the head and its loss: x [N, C] -> a summed loss. Gradients are made on the way forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, spec: _Spec
+    ) -> Tensor:
+        k = spec.kernels
+        wanted = any(ctx.needs_input_grad)
+        h, rstd = k.rmsnorm(x, norm, spec.eps)
+        dh, dweight = torch.empty_like(h), torch.zeros(weight.shape)
+        losses = []
+        rows = max(1, LOGITS // weight.shape[0])
+        for start in range(0, x.shape[0], rows):
+            part = slice(start, start + rows)
+            logits = h[part] @ weight.t()
+            losses.append(k.cross_entropy_(logits, targets[part], weights[part], wanted))
+            if wanted:
+                torch.mm(logits, weight, out=dh[part])
+                dweight += logits.t() @ h[part]
+        ctx.spec = spec
+        ctx.save_for_backward(x, norm, rstd, dh, dweight)
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, rstd, dh, dweight = ctx.saved_tensors
+        dh, scale = dh * dout.to(dh.dtype), dout
+        dx, dnorm = ctx.spec.kernels.rmsnorm_backward(dh, x, norm, rstd, torch.zeros_like(x))
+        return dx, dnorm, (dweight * scale).to(x.dtype), None, None, None

@@ -1,0 +1,112 @@
+/* What lies between the matrix products of a training step, fused: each of these passes over its numbers once where
+   separate tensor operations pass four to ten times. `kernels.py` compiles this file, and calls it only after it has
+   agreed with torch on that machine; `kernels.h` has the functions, once per precision. */
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* e^x to 2 ulp for x in [-87, 88], 0 below; written so that compilers turn loops over it into vector code. NaN stays. */
+static inline float exponential(float x) {
+    const float low = x < -87.0f ? -87.0f : x;
+    const float n = nearbyintf(low * 1.44269504088896f);
+    float r = low - n * 0.693359375f;
+    r += n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union {
+        int32_t i;
+        float f;
+    } two;
+    const float m = n > 127.0f ? 127.0f : n;
+    two.i = ((int32_t)m + 127) << 23;
+    return x < -87.0f ? 0.0f : (x != x ? x : p * two.f);
+}
+
+typedef uint16_t bfloat16;
+
+static inline float from_bfloat16(bfloat16 v) {
+    union {
+        uint32_t i;
+        float f;
+    } u;
+    u.i = (uint32_t)v << 16;
+    return u.f;
+}
+
+static inline bfloat16 to_bfloat16(float v) {
+    union {
+        float f;
+        uint32_t i;
+    } u;
+    u.f = v;
+    const uint32_t rounded = (u.i + 0x7fffu + ((u.i >> 16) & 1u)) >> 16;
+    return v != v ? 0x7fc0 : (bfloat16)rounded;
+}
+
+/* The rows first..last of n that are this thread's, and which thread it is. */
+static inline int64_t share(int64_t n, int64_t *first, int64_t *last) {
+    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+    *first = n * me / all;
+    *last = n * (me + 1) / all;
+    return me;
+}
+
+#define REAL float
+#define NAME(f) f##_float32
+#define LOAD(v) (v)
+#define STORE(v) (v)
+#include "kernels.h"
+#undef REAL
+#undef NAME
+#undef LOAD
+#undef STORE
+
+#define REAL bfloat16
+#define NAME(f) f##_bfloat16
+#define LOAD(v) from_bfloat16(v)
+#define STORE(v) to_bfloat16(v)
+#include "kernels.h"
+
+/* One AdamW step (arXiv 1711.05101) over n numbers, with cautious weight decay (arXiv 2411.16085): it acts only where
+   update and weight agree in sign. first, second: the moments; correction1, correction2: 1 - beta^t. */
+void adamw(float *p, const float *g, float *first, float *second, int64_t n, float lr, float beta1, float beta2,
+           float eps, float decay, float correction1, float correction2, float clip, int threads) {
+    const float rate1 = 1.0f / correction1, rate2 = 1.0f / correction2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const float d = g[i] * clip;
+        const float m = first[i] = first[i] + (d - first[i]) * (1.0f - beta1);
+        const float v = second[i] = second[i] * beta2 + d * d * (1.0f - beta2);
+        const float update = m * rate1 / (sqrtf(v * rate2) + eps);
+        const float shrink = update * p[i] > 0.0f ? lr * decay * p[i] : 0.0f;
+        p[i] = p[i] - shrink - lr * update;
+    }
+}
+
+/* Muon before its iteration: momentum = lerp(momentum, gradient), and the Nesterov update as bfloat16. */
+void muon_momentum(const float *g, float *momentum, bfloat16 *update, int64_t n, float beta, float clip, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const float d = g[i] * clip;
+        const float m = momentum[i] = momentum[i] + (d - momentum[i]) * (1.0f - beta);
+        update[i] = to_bfloat16(d + (m - d) * beta);
+    }
+}
+
+/* Muon after its iteration: cautious decay, then the step. */
+void muon_apply(float *p, const bfloat16 *update, int64_t n, float lr, float decay, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const float u = from_bfloat16(update[i]);
+        const float shrink = u * p[i] > 0.0f ? lr * decay * p[i] : 0.0f;
+        p[i] = p[i] - shrink - lr * u;
+    }
+}

@@ -1,0 +1,233 @@
+"""The fused kernels of a training step: compiling `kernels.c` once per machine, loading it, and calling it on tensors.
+
+Owns: the compiler's command, the cache of what it made, the check against torch, and one method per kernel. Knows
+nothing of models. What is measured: without these passes a step of a small model spends more time between its matrix
+products than in them (`docs/log.md`).
+
+The library shares torch's own OpenMP threads: two pools on the same cores would wait for each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+)
+COMPILERS = ("cc", "gcc", "clang")
+COMPILER_TIMEOUT_S = 120
+SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class Kernels:
+    """The loaded library. Tensors must be contiguous, on the CPU, and of the shapes that `kernels.h` names."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def _call(self, name: str, *values: Tensor | int | float | None) -> None:
+        """Call one function: tensors by address, whole numbers as int64, fractions as float, None as a null."""
+        words: list[object] = []
+        for value in values:
+            if isinstance(value, Tensor):
+                words.append(ctypes.c_void_p(value.data_ptr()))
+            elif value is None:
+                words.append(ctypes.c_void_p(None))
+            elif isinstance(value, int):
+                words.append(ctypes.c_int64(value))
+            else:
+                words.append(ctypes.c_float(value))
+        self._library[name](*words, ctypes.c_int(torch.get_num_threads()))
+
+    def rmsnorm(self, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """RMSNorm of `x` [N, C] with `gain` [C] float32; the result, and 1 / rms [N] for the way back."""
+        y, rstd = torch.empty_like(x), torch.empty(x.shape[0])
+        self._call(f"rmsnorm_forward_{SUFFIX[x.dtype]}", x, gain, y, rstd, x.shape[0], x.shape[1], float(eps))
+        return y, rstd
+
+    def rmsnorm_backward(
+        self, dy: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `x` (with `residual` [N, C] added) and of `gain`."""
+        n, c = x.shape
+        dx, partial = torch.empty_like(x), torch.zeros(torch.get_num_threads(), c)
+        self._call(f"rmsnorm_backward_{SUFFIX[x.dtype]}", dy, x, gain, rstd, residual, dx, partial, n, c)
+        return dx, partial.sum(0)
+
+    def rope(
+        self, qkv: Tensor, gains: Tensor | None, tables: tuple[Tensor, Tensor], sizes: tuple[int, ...], eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, D], keys and values [B, K, T, D] of `qkv` [B T, (H + 2K) D], normalised and rotated, and
+        1 / rms of each head. `sizes` is (B, T, H, K, D), `tables` cosines and sines [T, D / 2]."""
+        B, T, H, K, D = sizes
+        q, k, v = qkv.new_empty(B, H, T, D), qkv.new_empty(B, K, T, D), qkv.new_empty(B, K, T, D)
+        rstd = torch.empty(B * T, H + K)
+        name = f"rope_forward_{SUFFIX[qkv.dtype]}"
+        self._call(name, qkv, gains, *tables, q, k, v, rstd, *sizes, float(eps))
+        return q, k, v, rstd
+
+    def rope_backward(
+        self,
+        grads: tuple[Tensor, Tensor, Tensor],
+        qkv: Tensor,
+        gains: Tensor | None,
+        tables: tuple[Tensor, Tensor],
+        rstd: Tensor,
+        sizes: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `qkv` and of the gains [H + K, D] (zeros where there are none)."""
+        _, _, H, K, D = sizes
+        dqkv, partial = torch.empty_like(qkv), torch.zeros(torch.get_num_threads(), H + K, D)
+        self._call(
+            f"rope_backward_{SUFFIX[qkv.dtype]}", *grads, qkv, gains, *tables, rstd, dqkv, partial, *sizes
+        )  # fmt: skip
+        return dqkv, partial.sum(0)
+
+    def softmax_(self, scores: Tensor, firsts: Tensor | None, start: int, heads: int, scale: float) -> None:
+        """Causal softmax in place. `scores` [B * heads, R, W]: the row r of W keys is the query at start + r; `heads`
+        rows of the first dimension belong to one row of `firsts` [B, T] int32, where each position's document begins.
+        """
+        n, rows, width = scores.shape
+        T = firsts.shape[1] if firsts is not None else 0
+        name = f"softmax_forward_{SUFFIX[scores.dtype]}"
+        self._call(name, scores, firsts, n * rows, rows, width, start, heads * rows, T, float(scale))
+
+    def softmax_backward_(self, probs: Tensor, grad: Tensor, start: int, scale: float) -> None:
+        """`grad` of the probabilities becomes that of the scores, in place; shapes as in `softmax_`."""
+        n, rows, width = probs.shape
+        name = f"softmax_backward_{SUFFIX[probs.dtype]}"
+        self._call(name, probs, grad, n * rows, rows, width, start, float(scale))
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """silu(gate) * up [N, I] of `x` [N, 2 I] = gate and up side by side."""
+        n, c = x.shape[0], x.shape[1] // 2
+        out = x.new_empty(n, c)
+        self._call(f"swiglu_forward_{SUFFIX[x.dtype]}", x, out, n, c)
+        return out
+
+    def swiglu_backward(self, dout: Tensor, x: Tensor) -> Tensor:
+        """Gradient of `x`."""
+        dx = torch.empty_like(x)
+        self._call(f"swiglu_backward_{SUFFIX[x.dtype]}", dout, x, dx, x.shape[0], x.shape[1] // 2)
+        return dx
+
+    def cross_entropy_(self, logits: Tensor, targets: Tensor, weights: Tensor, with_gradient: bool) -> Tensor:
+        """Weighted losses [N] of `logits` [N, V], which become their gradient where one is wanted."""
+        losses = torch.empty(logits.shape[0])
+        name = f"cross_entropy_{SUFFIX[logits.dtype]}"
+        self._call(name, logits, targets, weights, losses, *logits.shape, int(with_gradient))
+        return losses
+
+    def adamw(self, p: Tensor, grad: Tensor, first: Tensor, second: Tensor, rates: tuple[float, ...]) -> None:
+        """One step on `p`, float32, in place; `rates` are lr, beta1, beta2, eps, weight decay, 1 - beta1^t,
+        1 - beta2^t, and the factor of the gradient."""
+        self._call("adamw", p, grad, first, second, p.numel(), *map(float, rates))
+
+    def muon_momentum(self, grads: Tensor, momentum: Tensor, beta: float, scale: float) -> Tensor:
+        """Take `grads` times `scale` into `momentum`, both float32; the Nesterov update in bfloat16."""
+        update = torch.empty_like(grads, dtype=torch.bfloat16)
+        self._call("muon_momentum", grads, momentum, update, grads.numel(), float(beta), float(scale))
+        return update
+
+    def muon_apply(self, weights: Tensor, update: Tensor, lr: float, decay: float) -> None:
+        """Cautious decay and the step of `update`, bfloat16, on `weights`, float32."""
+        self._call("muon_apply", weights, update.contiguous(), weights.numel(), float(lr), float(decay))
+
+
+# -------------------------------------------------------------------------------------------------- compiling, loading
+
+
+@lru_cache(maxsize=1)
+def load() -> Kernels | None:
+    """The kernels, compiled for this machine the first time; None where there is no compiler, or where what it made
+    does not load or does not agree with torch."""
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    openmp = _openmp()
+    if compiler is None or openmp is None or sys.byteorder != "little":
+        return None
+    try:
+        built = _built(compiler)
+        ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)  # torch's threads are what the library finds
+        kernels = Kernels(ctypes.CDLL(str(built)))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return kernels if _agrees(kernels) else None
+
+
+def _openmp() -> Path | None:
+    """The OpenMP library that torch brought along."""
+    root = Path(torch.__file__).parent
+    places = (root / "lib", root.parent / "torch.libs")
+    found = (path for place in places for name in ("libgomp*", "libomp*", "libiomp5*") for path in place.glob(name))
+    return next(found, None)
+
+
+def _built(compiler: str) -> Path:
+    """The compiled library, from the cache or made now; its name is made of all that it depends on."""
+    sources = [Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h")]
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILER_TIMEOUT_S, check=True)
+    parts = [*(path.read_bytes() for path in sources), repr(FLAGS).encode(), version.stdout, _processor()]
+    name = f"kernels-{hashlib.sha256(b'/'.join(parts)).hexdigest()[:24]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stateofgpt"
+    if (folder / name).is_file():
+        return folder / name
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        made, object_file = Path(work) / name, Path(work) / "kernels.o"
+        for command in (
+            [compiler, *FLAGS, "-c", str(sources[0]), "-o", str(object_file)],
+            [compiler, "-shared", str(object_file), "-o", str(made), "-lm"],  # OpenMP stays open, for torch's to fill
+        ):
+            subprocess.run(command, capture_output=True, timeout=COMPILER_TIMEOUT_S, check=True)
+        os.replace(made, folder / name)
+    return folder / name
+
+
+def _processor() -> bytes:
+    """What `-march=native` looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        return b"".join(
+            next((line for line in lines if line.startswith(key)), b"") for key in (b"model name", b"flags")
+        )
+    except OSError:
+        return platform.processor().encode()
+
+
+def _agrees(kernels: Kernels) -> bool:
+    """Whether a few of the kernels give torch's numbers here: a miscompiled library must never train anything."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(33, 96, generator=generator)
+    norm, _ = kernels.rmsnorm(x, torch.ones(96), 1e-6)
+    wide = torch.randn(33, 2 * 96, generator=generator)
+    logits, targets = x.clone(), torch.arange(33)
+    losses = kernels.cross_entropy_(logits, targets, torch.ones(33), with_gradient=True)
+    pairs = (
+        (norm, F.rms_norm(x, (96,), None, 1e-6)),
+        (kernels.swiglu(wide), F.silu(wide[:, :96]) * wide[:, 96:]),
+        (losses, F.cross_entropy(x, targets, reduction="none")),
+        (kernels.rmsnorm(x.bfloat16(), torch.ones(96), 1e-6)[0].float(), norm.bfloat16().float()),
+    )
+    return all(
+        torch.allclose(mine, theirs, rtol=1e-2 if i == 3 else 1e-4, atol=1e-5) for i, (mine, theirs) in enumerate(pairs)
+    )
