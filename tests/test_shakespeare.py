@@ -174,7 +174,7 @@ def test_the_steps_of_all_sizes_together_fit_the_time(monkeypatch: pytest.Monkey
     config = pretrain.Config(seconds=200.0, sizes=3, eval_tokens=8192, sample_at=(0.0, 1.0))
     models = [dial.shape(64, layers, 1024, 128) for layers in (1, 2, 5)]
     steps = sizes._steps(config, {"dtype": "float32", "compiled": False, "fused": False}, models, Clock())  # type: ignore[arg-type]
-    assert 20 + steps * 0.08 + 10 * 0.08 + 6 == pytest.approx(200, abs=0.1)
+    assert 20 + steps * 0.08 + 10 * 0.08 + 6 == pytest.approx(200 * 0.94, abs=0.1)
     compiled = sizes._steps(config, {"dtype": "float32", "compiled": True, "fused": False}, models, Clock())  # type: ignore[arg-type]
     assert compiled > steps
     assert torch.get_num_threads() >= 1

@@ -23,6 +23,7 @@ ALL_SHAPES = ((64, 1), (64, 2), *SHAPES)
 CLEARLY_SMALLER = 0.7  # of the parameters
 LARGEST_SHARE = 0.6  # of the time, for the size the dial chooses; the steps are then what fits all sizes
 FEWEST_STEPS = 20
+SPARE = 0.06  # of the time, for a machine that has other work
 LOOKS = 10.0  # looks at held-out text cost about this many steps of each size
 SAMPLE_SECONDS = 1.0  # each time, of each size
 PROMPT_CHARACTERS = 24
@@ -79,7 +80,7 @@ def _steps(config: pretrain.Config, plan: dict[str, Any], models: list[GPTConfig
     way = {"rows": rows, "context": context, "fused": plan["fused"]}
     each = [measure_step(model, plan["dtype"], **way) for model in models]
     looks = sum(each) * LOOKS * config.eval_tokens / 8192
-    left = config.seconds - stage.seconds() - looks - SAMPLE_SECONDS * len(config.sample_at) * len(models)
+    left = config.seconds * (1 - SPARE) - stage.seconds() - looks - SAMPLE_SECONDS * len(config.sample_at) * len(models)
     if plan["compiled"]:
         each[-1] /= COMPILE_GAIN
         left -= COMPILE_SECONDS
