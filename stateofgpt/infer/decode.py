@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stateofgpt.infer.cache import KVCache
 from stateofgpt.model.gpt import GPT, Block
+from stateofgpt.model.lora import effective_weight
 
 
 @dataclass
@@ -34,7 +35,7 @@ class _Layer:
 
 
 class Decoder:
-    """Fused weights of one model. `refresh()` after every change of the model's weights."""
+    """Fused weights of one model, adapters merged. `refresh()` after every change of the model's weights."""
 
     def __init__(self, model: GPT, dtype: torch.dtype, max_context: int) -> None:
         c = model.config
@@ -70,15 +71,16 @@ class Decoder:
         if c.qk_norm:
             q, k = attn.q_norm.weight[pairs], attn.k_norm.weight[pairs]
             gain = torch.cat((q.expand(c.num_attention_heads, -1), k.expand(c.num_key_value_heads, -1))).float()
-        qkv = torch.cat((paired(attn.q_proj.weight), paired(attn.k_proj.weight), attn.v_proj.weight))
+        query, key, value = (effective_weight(linear) for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
+        qkv = torch.cat((paired(query), paired(key), value))
         return _Layer(
             norm_in=block.input_layernorm.weight.to(self.dtype),
             qkv=qkv.to(self.dtype),
             qk_gain=gain,
-            out=attn.o_proj.weight.detach().to(self.dtype).t(),
+            out=effective_weight(attn.o_proj).detach().to(self.dtype).t(),
             norm_mlp=block.post_attention_layernorm.weight.to(self.dtype),
-            gate_up=torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).to(self.dtype),
-            down=mlp.down_proj.weight.detach().to(self.dtype).t(),
+            gate_up=torch.cat((effective_weight(mlp.gate_proj), effective_weight(mlp.up_proj))).to(self.dtype),
+            down=effective_weight(mlp.down_proj).detach().to(self.dtype).t(),
         )
 
     def _queries_keys_values(self, layer: _Layer, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

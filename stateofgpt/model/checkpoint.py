@@ -28,6 +28,7 @@ from stateofgpt.model.convert import Described, Kind, from_huggingface, to_huggi
 from stateofgpt.model.folder import TensorInfo
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.heads import RewardModel
+from stateofgpt.model.lora import merged_state
 from stateofgpt.run import sha256_file
 from stateofgpt.text.chat import CHAT_TEMPLATE
 from stateofgpt.text.tokenizer import Tokenizer
@@ -36,6 +37,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp")
 _FLOATS = ("F32", "F16", "BF16")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MARKS = (WEIGHTS, ADAPTER_WEIGHTS, "config.json", ADAPTER_CONFIG)  # the first is what a foreign folder is known by
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,8 @@ def save_checkpoint(
 
 
 def _own_tensors(model: GPT | RewardModel) -> dict[str, Tensor]:
-    """Parameters under transformers' names; a tied head is the embedding and is not stored twice."""
-    tensors = dict(model.state_dict())
+    """Parameters under transformers' names, adapters merged; a tied head is the embedding and is not stored twice."""
+    tensors = merged_state(model)
     if isinstance(model, GPT) and model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     return tensors
@@ -200,8 +203,7 @@ def read_lineage(path: Path | str) -> Lineage:
     """Where the checkpoint at `path` comes from; a folder made by other software is its own beginning."""
     path = _find(path)
     if not (path / folder.MANIFEST).exists():
-        weights = path / WEIGHTS
-        mark = sha256_file(weights if weights.is_file() else path / "config.json")[:16]
+        mark = sha256_file(next(f for name in _MARKS if (f := path / name).is_file()))[:16]
         return Lineage(mark, path.resolve().name, "imported", (), "", {})
     raw = folder.read_json_file(path / folder.MANIFEST)
     try:
@@ -260,7 +262,7 @@ def _find(path: Path | str) -> Path:
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"no checkpoint at {path}: the folder {what}")
-    if not (path / "config.json").is_file():
+    if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise CheckpointError(f"{path} is no checkpoint: it has no config.json")
     return path
 
@@ -268,6 +270,8 @@ def _find(path: Path | str) -> Path:
 def _open(path: Path | str) -> tuple[Path, Described, Shards]:
     """Check all that can be checked without reading a weight."""
     path = _find(path)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is an adapter, no whole model; load its base model, then the adapter")
     folder.verify(path)
     described = from_huggingface(folder.read_json_file(path / "config.json"), str(path / "config.json"))
     shards = {file: folder.read_header(file) for file in _weight_files(path)}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stateofgpt.model.gpt import GPT, Attention, Block, GPTConfig, Trunk
+from stateofgpt.model.lora import adapters
 from stateofgpt.train.kernels import Kernels
 
 BLOCK = 128  # queries that attend together: what lies past them is never computed
@@ -45,8 +46,8 @@ class Decoder(Protocol):
 
 
 def fits(model: Decoder, ids: Tensor) -> bool:
-    """Whether the fused pass can take this model and ids [B, T]."""
-    known = model.config.arch in ("qwen3", "llama") and model.config.head_dim % 2 == 0
+    """Whether the fused pass can take this model and ids [B, T]. It reads weights, and so would miss adapters."""
+    known = model.config.arch in ("qwen3", "llama") and model.config.head_dim % 2 == 0 and not adapters(model.model)
     return known and ids.shape[1] <= LONGEST and ids.device.type == "cpu"
 
 
