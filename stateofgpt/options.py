@@ -22,9 +22,12 @@ class Parser(argparse.ArgumentParser):
         kwargs["allow_abbrev"] = False
         super().__init__(**kwargs)
         self.declared: set[str] = {"--help"}
+        self.flags: set[str] = {"--help"}
 
     def option(self, name: str, **kwargs: Any) -> None:
         self.declared.add(name)
+        if kwargs.get("action") == "store_true":
+            self.flags.add(name)
         self.add_argument(name, **kwargs)
 
     def closest(self, name: str) -> str:
@@ -50,7 +53,7 @@ def take_overrides(arguments: list[str], parser: Parser) -> tuple[list[str], dic
             rest.append(token)
         elif name in parser.declared:
             rest.append(token)
-            if not equals and queue and name != "--help":
+            if not equals and queue and name not in parser.flags:
                 rest[-1] = f"{name}={queue.pop(0)}"  # so that a prompt may begin with a dash
         elif not takes_overrides or ("." not in name and parser.closest(name)):
             known = ", ".join(sorted(parser.declared))
@@ -75,6 +78,14 @@ def number(kind: Callable[[str], Any], low: float, what: str, high: float = math
     return convert
 
 
+def _amount(text: str) -> float:
+    """1e9, 7B, 1.4T, 300k: a number with the letter of a thousand, a million ..."""
+    letters = {"k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+    return float(text[:-1]) * letters[text[-1]] if text[-1:] in letters else float(text)
+
+
+to_amount = number(_amount, 1e-6, "a number above 0, as 1e9, 7B or 1.4T")
+to_share = number(float, 0.001, "a share, 0.001 to 1", 1.0)
 to_seed = number(int, 0, "a whole number from 0", 2**63 - 1)
 to_count = number(int, 1, "a whole number from 1")
 to_minutes = number(float, 0.01, "a number of minutes")

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stateofgpt.recipes.recipe import Recipe
 
-_NAMES = ("debug", "laptop")
+_NAMES = ("debug", "laptop", "shakespeare")
 
 
 def names() -> tuple[str, ...]:
@@ -25,7 +25,8 @@ def load(
     """The recipe `name` with the user's minutes, seed, texts and dotted overrides."""
     from stateofgpt.config import apply_overrides
 
-    made: Recipe = import_module(f"stateofgpt.recipes.{name}").recipe(minutes)
+    made: Any = import_module(f"stateofgpt.recipes.{name}").recipe(minutes)
     if corpus:
         made = replace(made, collect=replace(made.collect, corpus=tuple(str(path.resolve()) for path in corpus)))
-    return apply_overrides(replace(made, seed=seed), overrides)
+    chosen: Recipe = apply_overrides(replace(made, seed=seed), overrides)
+    return chosen

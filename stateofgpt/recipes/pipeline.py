@@ -17,17 +17,17 @@ from rich.console import Console
 from stateofgpt.config import to_dict
 from stateofgpt.data.comparisons import read_rankings
 from stateofgpt.data.demonstrations import read_demonstrations
-from stateofgpt.errors import RunError
+from stateofgpt.errors import ConfigError, RunError
 from stateofgpt.recipes.recipe import Recipe
 from stateofgpt.recipes.summary import write_summary
 from stateofgpt.report.build import build
 from stateofgpt.run import STAGES, Run, Stage
-from stateofgpt.stages import arena, collect, evaluate, pretrain, reward, rl, sft, tokenize
+from stateofgpt.stages import arena, collect, evaluate, reward, rl, sft, sizes, tokenize
 
 RUNNERS: dict[str, Callable[[Any, Run], dict[str, Any]]] = {
     "collect": collect.run,
     "tokenize": tokenize.run,
-    "pretrain": pretrain.run,
+    "pretrain": sizes.run,
     "sft": sft.run,
     "reward": reward.run,
     "rl": rl.run,
@@ -36,17 +36,23 @@ RUNNERS: dict[str, Callable[[Any, Run], dict[str, Any]]] = {
 }
 TIMED = {"pretrain": 0.45, "sft": 0.25, "reward": 0.15, "rl": 0.15}  # shares of what training may take in all
 MEASURING = 0.12  # share of all minutes kept for evaluation, arena and report
+REPORTING = 0.03  # where a recipe has no evaluation
 
 
 def execute(recipe: Recipe, out: Path, only: str | None = None) -> None:
     """Run all stages that are not done yet (or `only` one of them) in the folder `out`; continue what was begun."""
     began = time.monotonic() - _age_of_process()
+    order = recipe.order()
+    if only is not None and only not in order:
+        raise ConfigError(f"the recipe {recipe.name} has no {only} stage; it has {', '.join(order)}")
+    if "collect" in order and not recipe.collect.sources and not recipe.collect.corpus:
+        raise ConfigError(f"the recipe {recipe.name} reads no text but yours; give it one with --corpus FILE")
     console = Console(highlight=False)
     with Run.open(out, recipe.name, to_dict(recipe), recipe.seed) as run:
         if only is None:
             _check_own_files(recipe, run)
-        for name in STAGES if only is None else (only,):
-            _require_earlier(run, name)
+        for name in order if only is None else (only,):
+            _require_earlier(run, name, order)
             stage = run.stage(name)
             if stage.done:
                 console.print(f"[dim]{name:9} done before, in {stage.seconds():.0f} s[/dim]")
@@ -60,7 +66,14 @@ def execute(recipe: Recipe, out: Path, only: str | None = None) -> None:
                 build(run.root)
                 write_summary(recipe, run, time.monotonic() - began)
         if only is None:
-            console.print(f"\nreport    {run.report_path}\nchat      sog chat {out}:rl\npage      sog serve {out}:rl")
+            console.print(f"\nreport    {run.report_path}\n{_next(order, out)}")
+
+
+def _next(order: tuple[str, ...], out: Path) -> str:
+    if "rl" in order:
+        return f"chat      sog chat {out}:rl\npage      sog serve {out}:rl"
+    models = [name for name in ("sft", "pretrain") if name in order]
+    return f"sample    sog sample {out}:{models[0]}" if models else f"models    none: the recipe has {', '.join(order)}"
 
 
 def _is_told(run: Run) -> bool:
@@ -73,6 +86,7 @@ def _is_told(run: Run) -> bool:
 def _check_own_files(recipe: Recipe, run: Run) -> None:
     """Read the user's demonstrations and rankings now: a mistake in them must not show after minutes of training."""
     done = {stage.name for stage in run.stages() if stage.done}
+    done |= set(STAGES) - set(recipe.order())
     if "sft" not in done:
         for file in recipe.sft.files:
             read_demonstrations(Path(file))
@@ -90,8 +104,8 @@ def _age_of_process() -> float:
         return time.process_time()
 
 
-def _require_earlier(run: Run, name: str) -> None:
-    for earlier in STAGES[: STAGES.index(name)]:
+def _require_earlier(run: Run, name: str, order: tuple[str, ...]) -> None:
+    for earlier in order[: order.index(name)]:
         if not run.stage(earlier).done and not (name in ("eval", "arena") and earlier in ("reward", "rl", "eval")):
             raise RunError(f"{run.root} has no finished {earlier} stage, which {name} needs; run `sog {earlier}` first")
 
@@ -101,13 +115,15 @@ def _config(recipe: Recipe, run: Run, stage: Stage, began: float) -> Any:
     config = getattr(recipe, stage.name)
     if recipe.minutes is None or stage.name not in TIMED or config.seconds is None:
         return config
-    later = [n for n in TIMED if STAGES.index(n) >= STAGES.index(stage.name)]
+    order = recipe.order()
+    later = [n for n in TIMED if n in order and STAGES.index(n) >= STAGES.index(stage.name)]
+    kept = MEASURING if "eval" in order else REPORTING
     share = TIMED[stage.name] / sum(TIMED[n] for n in later)
     minutes = recipe.minutes
 
     def left() -> dict[str, Any]:
         spent = max(time.monotonic() - began, sum(s.seconds() for s in run.stages()))
-        return {"seconds": round(max(5.0, (minutes * 60.0 * (1.0 - MEASURING) - spent) * share), 1)}
+        return {"seconds": round(max(5.0, (minutes * 60.0 * (1.0 - kept) - spent) * share), 1)}
 
     return replace(config, seconds=stage.decide("budget", left)["seconds"])
 

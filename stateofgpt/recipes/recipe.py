@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from stateofgpt.config import suggestion
+from stateofgpt.errors import ConfigError
+from stateofgpt.run import STAGES
 from stateofgpt.stages import arena, collect, evaluate, pretrain, reward, rl, sft, tokenize
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. With `minutes` the pipeline gives every stage without steps of its own a share of that time."""
+    """One run. With `minutes` the pipeline gives every stage without steps of its own a share of that time. `stages`
+    are those that the recipe has, None for all."""
 
     name: str
     seed: int = 0
@@ -22,3 +26,16 @@ class Recipe:
     rl: rl.Config = field(default_factory=lambda: rl.Config(seconds=100.0))
     eval: evaluate.Config = field(default_factory=evaluate.Config)
     arena: arena.Config = field(default_factory=arena.Config)
+    stages: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.stages or ():
+            if name not in STAGES:
+                known = suggestion(name, STAGES) or f"; there are {', '.join(STAGES)}"
+                raise ConfigError(f'there is no stage "{name}" to put into a recipe{known}')
+        if self.stages is not None and not self.stages:
+            raise ConfigError("a recipe needs at least one stage")
+
+    def order(self) -> tuple[str, ...]:
+        """The recipe's stages, in the pipeline's order."""
+        return STAGES if self.stages is None else tuple(name for name in STAGES if name in self.stages)

@@ -10,13 +10,13 @@ import torch
 
 from stateofgpt.data.mixture import as_json, plan
 from stateofgpt.recipes.recipe import Recipe
-from stateofgpt.run import STAGES, Run, write_json
+from stateofgpt.run import STAGES, Run, read_json, write_json
 from stateofgpt.train.dial import peak_memory_bytes
 
 
 def write_summary(recipe: Recipe, run: Run, seconds: float) -> None:
     """Write what the finished stages found; a stage that has not run yet is left out."""
-    results = {name: run.stage(name).result() for name in STAGES}
+    results = {name: run.stage(name).result() if name in recipe.order() else None for name in STAGES}
     stages = {s.name: round(s.seconds(), 2) for s in run.stages()}
     before = _read(run)
     told = before.get("wall_seconds", {}).get("total", 0.0)  # looking at a finished run again does not make it shorter
@@ -42,6 +42,8 @@ def write_summary(recipe: Recipe, run: Run, seconds: float) -> None:
     for key, (stage, names) in keep.items():
         if (result := results[stage]) is not None:
             summary[key] = {name: result[name] for name in names if name in result}
+    if beside := _sizes(run):
+        summary["sizes"] = beside
     if (measured := results["eval"]) is not None:
         summary["skills"] = measured["skills"]
         names = ("entropy", "distinct", "new", "plausible", "n")
@@ -49,6 +51,16 @@ def write_summary(recipe: Recipe, run: Run, seconds: float) -> None:
     if (battles := results["arena"]) is not None:
         summary["arena"] = battles["leaderboard"]
     write_json(run.summary_path, summary)
+
+
+def _sizes(run: Run) -> list[dict[str, Any]]:
+    """The models pretrained beside the run's own, the smallest first."""
+    names = ("n_params", "tokens", "tokens_per_second", "val_bpb")
+    found = []
+    for path in run.root.glob("pretrain/*x*/result.json"):
+        result = read_json(path)
+        found.append({"size": path.parent.name, **{name: result[name] for name in names}})
+    return sorted(found, key=lambda row: (row["n_params"], row["size"]))
 
 
 def machine() -> dict[str, Any]:
@@ -73,7 +85,5 @@ def _processor() -> str:
 
 
 def _read(run: Run) -> dict[str, Any]:
-    from stateofgpt.run import read_json
-
     before: dict[str, Any] = read_json(run.summary_path) if run.summary_path.exists() else {}
     return before

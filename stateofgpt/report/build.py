@@ -11,7 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from stateofgpt.report import assistants, pages, training, verdicts
+from stateofgpt.report import assistants, pages, sizes, training, verdicts
 from stateofgpt.report.pages import count, decimal, duration
 from stateofgpt.report.record import MODELS, Record, mapping, number
 from stateofgpt.run import Run, write_atomic
@@ -34,6 +34,24 @@ CHAPTERS = (
     verdicts.onward,
 )
 
+NEEDS: dict[object, str] = {  # chapters about a stage: left out where the recipe has none such
+    training.pipeline: "rl",
+    assistants.base_tricks: "eval",
+    assistants.finetuning: "sft",
+    assistants.reward: "reward",
+    assistants.reinforcement: "rl",
+    assistants.skills: "eval",
+    verdicts.diversity: "eval",
+    verdicts.leaderboard: "arena",
+}
+
+
+GOALS = {
+    "collect": "a mixture", "tokenize": "tokens", "pretrain": "a base model", "sft": "a finetuned model",
+    "reward": "a reward model",
+} | dict.fromkeys(("rl", "eval", "arena"), "reinforcement learning from human feedback")  # fmt: skip
+LAST_FIGURE = {True: "from text to assistant", False: "from text to model"}
+
 
 def build(run_dir: Path) -> Path:
     """Write `report.html` of the run in `run_dir` and return its path. RunError if there is no run."""
@@ -45,7 +63,10 @@ def build(run_dir: Path) -> Path:
 def render(record: Record) -> str:
     """The page."""
     title = _title(record)
-    return pages.page(title, _head(record, title), [chapter(record) for chapter in CHAPTERS], _foot(record))
+    chapters = [chapter for chapter in CHAPTERS if NEEDS.get(chapter, record.order[0]) in record.order]
+    if record.sizes:
+        chapters.insert(chapters.index(training.pretraining) + 1, sizes.sizes)
+    return pages.page(title, _head(record, title), [chapter(record) for chapter in chapters], _foot(record))
 
 
 def _total(record: Record) -> float:
@@ -55,30 +76,28 @@ def _total(record: Record) -> float:
 
 def _title(record: Record) -> str:
     total = _total(record)
-    if not record.leaderboard():
-        return "An assistant in the making"
+    what, made = ("An assistant", "raised") if "sft" in record.order else ("A base model", "trained")
+    if not (record.leaderboard() if "arena" in record.order else record.result(record.order[-1])):
+        return f"{what} in the making"
     if total < 90:
-        return f"An assistant, raised in {total:.0f} seconds"
-    return (
-        f"An assistant, raised in {total / 60:.0f} minutes"
-        if total < 5400
-        else f"An assistant, raised in {total / 3600:.1f} hours"
-    )
+        return f"{what}, {made} in {total:.0f} seconds"
+    return f"{what}, {made} in " + (f"{total / 60:.0f} minutes" if total < 5400 else f"{total / 3600:.1f} hours")
 
 
 def _head(record: Record, title: str) -> Markup:
     trained, machine = record.part("pretrain"), mapping(record.summary.get("machine"))
     cores = number(machine.get("cores")) or number(machine.get("cpu_count"))
     where = f" on {cores:.0f} CPU cores" if cores else ""
+    pipeline = "the training pipeline" if "rl" in record.order else "the beginning of the training pipeline"
     intro = (
-        f"From raw text to reinforcement learning from human feedback{where}: the training pipeline of Andrej "
+        f"From raw text to {GOALS[record.order[-1]]}{where}: {pipeline} of Andrej "
         "Karpathy’s talk “State of GPT”, run for real, with the talk’s pictures made from this run."
     )
     figures = [
         (count(number(trained.get("n_params"))), "parameters"),
         (count(number(trained.get("tokens"))), "tokens read"),
         (decimal(number(trained.get("val_bpb"))), "bits per byte, held out"),
-        (duration(_total(record)) if record.seconds or record.summary else "–", "from text to assistant"),
+        (duration(_total(record)) if record.seconds or record.summary else "–", LAST_FIGURE["rl" in record.order]),
     ]
     cells = Markup("").join(Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(n, v) for v, n in figures if v != "–")
     examples = assistants.examples_of(record)

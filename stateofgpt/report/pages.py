@@ -248,8 +248,16 @@ def page(title: str, head: Markup, sections: Sequence[Section], foot: Markup) ->
             '<meta name="color-scheme" content="light dark">'
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
             "<title>{title}</title><style>{style}</style></head><body>"
-            '<a class="skip" href="#pipeline">Skip to the report</a>'
+            '<a class="skip" href="#{first}">Skip to the report</a>'
             '<main><header>{head}</header>\n<nav class="toc" aria-label="Contents"><ol>{contents}</ol></nav>'
             "{chapters}\n<footer>{foot}</footer></main></body></html>\n"
-        ).format(title=title, style=Markup(style), contents=contents, head=head, chapters=chapters, foot=foot)
+        ).format(
+            first=sections[0].id,
+            title=title,
+            style=Markup(style),
+            contents=contents,
+            head=head,
+            chapters=chapters,
+            foot=foot,
+        )
     )

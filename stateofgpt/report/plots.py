@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
@@ -27,12 +27,13 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """A named line. `noisy` draws the points faintly under their running mean."""
+    """A named line. `noisy` draws the points faintly under their running mean; `dots` draws them and no line."""
 
     name: str
     points: Sequence[Point]
     colour: str = "c-1"
     noisy: bool = False
+    dots: bool = False
 
 
 def short(value: float) -> str:
@@ -60,6 +61,16 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """1, 2 and 5 times powers of ten within [low, high], or only the powers where those are more than 2 `count`."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        found = [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
+        if len(found) <= 2 * count:
+            break
+    return found
 
 
 def thin(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
@@ -93,27 +104,39 @@ def running_mean(points: Sequence[Point], window: float = 0.06) -> list[Point]:
 
 
 def line_chart(
-    series: Sequence[Series], *, title: str, x_name: str, y_low: float | None = None, y_high: float | None = None
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_name: str,
+    y_low: float | None = None,
+    y_high: float | None = None,
+    log_x: bool = False,
 ) -> Markup:
-    """A figure's SVG, or nothing when no series has two finite points. The title is drawn above the axis."""
-    drawn = [Series(s.name, _finite(s.points), s.colour, s.noisy and len(s.points) >= FEWEST_TO_SMOOTH) for s in series]
+    """A figure's SVG, or nothing when no series has two finite points. The title is drawn above the axis. A series with
+    an empty name gets no label; with `log_x` all x are above 0 and drawn by their logarithm."""
+    drawn = [replace(s, points=_finite(s.points), noisy=s.noisy and len(s.points) >= FEWEST_TO_SMOOTH) for s in series]
     drawn = [s for s in drawn if len(s.points) >= 2]
     if not drawn:
         return Markup("")
     lines = [thin(running_mean(s.points) if s.noisy else s.points) for s in drawn]
-    labels = [f"{s.name} {short(line[-1][1])}" for s, line in zip(drawn, lines, strict=True)]
+    labels = [f"{s.name} {short(line[-1][1])}" if s.name else "" for s, line in zip(drawn, lines, strict=True)]
     if len(drawn) == 1:
         labels = [short(lines[0][-1][1])]
-    frame = _Frame.around(drawn, max(map(len, labels)), y_low, y_high)
+    frame = _Frame.around(drawn, max(map(len, labels)), y_low, y_high, log_x)
     parts = [_grid(frame, title, x_name)]
     ends: list[tuple[float, str, str]] = []
     for s, line, label in zip(drawn, lines, labels, strict=True):
+        if s.dots:
+            dot = Markup('<circle class="end {}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>')
+            parts += [dot.format(s.colour, *frame.at(point)) for point in line]
+            continue
         if s.noisy:
             parts.append(_path(frame, thin(s.points), f"raw {s.colour}"))
         parts.append(_path(frame, line, f"line {s.colour}"))
         x, y = frame.at(line[-1])
         parts.append(Markup('<circle class="end {}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(s.colour, x, y))
-        ends.append((y, label, s.colour))
+        if label:
+            ends.append((y, label, s.colour))
     parts.append(_end_labels(frame, ends))
     about = "; ".join(f"{s.name} from {short(s.points[0][1])} to {short(s.points[-1][1])}" for s in drawn)
     return Markup('<svg class="chart" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}">{}</svg>').format(
@@ -128,9 +151,12 @@ class _Frame:
     y_low: float
     y_high: float
     right: float
+    log_x: bool = False
 
     @classmethod
-    def around(cls, series: Sequence[Series], longest: int, y_low: float | None, y_high: float | None) -> _Frame:
+    def around(
+        cls, series: Sequence[Series], longest: int, y_low: float | None, y_high: float | None, log_x: bool
+    ) -> _Frame:
         xs = [x for s in series for x, _ in s.points]
         ys = [y for s in series for _, y in s.points]
         low = min(ys) if y_low is None else min(y_low, *ys)
@@ -139,10 +165,11 @@ class _Frame:
         low = low - pad if y_low is None else low
         high = high + pad if y_high is None else high
         right = WIDTH - 10 - min(longest * GLYPH, 160.0)
-        return cls(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, low, high, right)
+        return cls(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, low, high, right, log_x)
 
     def at(self, point: Point) -> Point:
-        x = LEFT + (point[0] - self.x_low) / (self.x_high - self.x_low) * (self.right - LEFT)
+        x, x_low, x_high = (math.log(v) if self.log_x else v for v in (point[0], self.x_low, self.x_high))
+        x = LEFT + (x - x_low) / (x_high - x_low) * (self.right - LEFT)
         y = HEIGHT - BOTTOM - (point[1] - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - BOTTOM - TOP)
         return x, y
 
@@ -167,7 +194,7 @@ def _grid(frame: _Frame, title: str, x_name: str) -> Markup:
             )
         )
         parts.append(Markup('<text class="tick" x="{:.0f}" y="{:.1f}">{}</text>').format(LEFT - 8, y + 4, short(value)))
-    for value in ticks(frame.x_low, frame.x_high, 4):
+    for value in (log_ticks if frame.log_x else ticks)(frame.x_low, frame.x_high, 4):
         if frame.x_high >= 2 and value != round(value):
             continue  # half a step
         x = frame.at((value, frame.y_low))[0]

@@ -31,6 +31,26 @@ FALLBACKS = {  # where a part of summary.json comes from while the run has not w
 
 
 @dataclass(frozen=True)
+class Size:
+    """A model that was pretrained beside the run's own."""
+
+    name: str  # width x layers
+    n_params: float
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+
+def read_sizes(run: Run) -> list[Size]:
+    """The finished ones."""
+    found = []
+    for path in sorted(run.root.glob("pretrain/*x*/result.json")):
+        stage = run.inside(f"pretrain/{path.parent.name}")
+        n_params = number(mapping(read_json(path)).get("n_params")) or 0.0
+        found.append(Size(stage.name, n_params, records(stage.metrics()), records(stage.samples())))
+    return found
+
+
+@dataclass(frozen=True)
 class Record:
     """One run, as far as it can be read."""
 
@@ -45,6 +65,8 @@ class Record:
     nodes: tuple[Node, ...] = ()
     tokenizer: Tokenizer | None = None
     problems: tuple[str, ...] = ()
+    order: tuple[str, ...] = STAGES  # the stages that the run's recipe has
+    sizes: tuple[Size, ...] = ()  # pretrained beside the run's own, the smallest first
 
     @classmethod
     def read(cls, root: Path) -> Record:
@@ -75,6 +97,8 @@ class Record:
             nodes=tuple(attempt(lambda: read_nodes(root), None) or ()),
             tokenizer=attempt(lambda: Tokenizer.load(tokenizers[0]), None) if tokenizers else None,
             problems=tuple(problems),
+            order=tuple(name for name in STAGES if name in (sequence(run.config.get("stages")) or STAGES)),
+            sizes=tuple(sorted(attempt(lambda: read_sizes(run), None) or (), key=lambda size: size.n_params)),
         )
 
     def part(self, name: str) -> dict[str, Any]:
@@ -102,8 +126,7 @@ class Record:
 
     def curve(self, stage: str, key: str, x: str = "step") -> list[tuple[float, float]]:
         """The points of a metric of a stage that are numbers."""
-        pairs = [(number(line.get(x)), number(line.get(key))) for line in self.metrics.get(stage, [])]
-        return [(a, b) for a, b in pairs if a is not None and b is not None]
+        return points(self.metrics.get(stage, []), key, x)
 
     def wall_seconds(self) -> dict[str, float]:
         """Stage -> seconds, in pipeline order, from summary.json or else from the stages' own clocks."""
@@ -111,6 +134,12 @@ class Record:
         told = {**told, **mapping(told.get("stages")), **mapping(told.get("per_stage"))}
         found = {stage: number(told.get(stage, self.seconds.get(stage))) for stage in STAGES}
         return {stage: value for stage, value in found.items() if value is not None}
+
+
+def points(lines: Sequence[Mapping[str, Any]], key: str, x: str = "step") -> list[tuple[float, float]]:
+    """The points of a metric that are numbers."""
+    pairs = [(number(line.get(x)), number(line.get(key))) for line in lines]
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
 
 
 def mapping(value: object) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def greet(name):
     return f"Hello, {name}!"
 
 Tokenization turns any text into integers and back: naïve café, 数, 🙂."""
-SNAPSHOTS = 4
+SNAPSHOTS, MOST_SNAPSHOTS = 4, 5  # where there are more than the second, the first
 
 
 # --- the slide ---------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def _samples(record: Record) -> Markup:
     kept = record.samples.get("pretrain", [])
     prompts = list(dict.fromkeys(str(sample.get("prompt", "")) for sample in kept))
     steps = sorted({number(sample.get("step")) or 0.0 for sample in kept})
-    if len(steps) > SNAPSHOTS:  # more of the beginning, where more happens
+    if len(steps) > MOST_SNAPSHOTS:  # more of the beginning, where more happens
         last = len(steps) - 1
         chosen = sorted({round(last * (i / (SNAPSHOTS - 1)) ** 1.6) for i in range(SNAPSHOTS)})
         steps = [steps[i] for i in chosen]

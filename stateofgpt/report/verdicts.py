@@ -228,6 +228,8 @@ def onward(record: Record) -> Section:
     """Commands to go on with."""
     name = record.name
     minutes = number(record.summary.get("minutes_asked")) or 10
+    if "rl" not in record.order:
+        return _onward_from_text(record, minutes)
     commands = [
         ("Talk to it in the terminal", f"sog chat {name}:rl"),
         ("Or on a page, where every answer has a thumb", f"sog serve {name}:rl"),
@@ -240,9 +242,24 @@ def onward(record: Record) -> Section:
             f'AutoModelForCausalLM.from_pretrained("{name}/rl/checkpoint")',
         ),
     ]
+    return _commands("The loop goes on: people use it, say what was good, and that trains the next one.", commands)
+
+
+def _onward_from_text(record: Record, minutes: float) -> Section:
+    """The same where the recipe ends before there is an assistant."""
+    stage = next((name for name in ("sft", "pretrain") if name in record.order), None)
+    commands = [("See all models and where they come from", "sog runs")]
+    if stage:
+        commands.insert(0, ("Let it go on with a text", f'sog sample {record.name}:{stage} --prompt "O "'))
+    again = f"sog run {record.recipe} --corpus PATH --minutes {4 * minutes:.0f} --out runs/longer"
+    commands.append(("Give it more time, or another text", again))
+    commands.append(("Raise an assistant on that text", "sog run laptop --corpus PATH --out runs/mine"))
+    return _commands("A base model goes on with a text. An assistant takes the other stages.", commands)
+
+
+def _commands(finding: str, commands: Sequence[tuple[str, str]]) -> Section:
     rows = Markup("").join(
         Markup("<li>{}<pre><code>{}</code></pre></li>").format(why, pages.clean(command, 300))
         for why, command in commands
     )
-    finding = "The loop goes on: people use it, say what was good, and that trains the next one."
     return Section("onward", "How to go on", finding, Markup('<ul class="commands">{}</ul>').format(rows))

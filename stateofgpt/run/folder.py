@@ -92,6 +92,12 @@ class Run:
             self._stages[name] = Stage(name, self.root / name, writable=self._lock is not None)
         return self._stages[name]
 
+    def inside(self, path: str) -> Stage:
+        """A folder of a stage's kind for work within a stage, as `pretrain/64x2`: no stage of the pipeline itself."""
+        if path not in self._stages:
+            self._stages[path] = Stage(Path(path).name, self.root / path, writable=self._lock is not None)
+        return self._stages[path]
+
     def stages(self) -> list[Stage]:
         """The stages that have been begun, in pipeline order."""
         begun = [name for name in STAGES if (self.root / name).is_dir() and any((self.root / name).iterdir())]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.run import Run, Stage
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.dial import can_fuse, choose, shape, timed_steps
+from stateofgpt.train.law_file import LADDER, choose_law
 from stateofgpt.train.loop import LoopConfig, Trainer, fit
 from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
 from stateofgpt.train.schedule import warmup_stable_decay
@@ -59,10 +61,15 @@ class Config:
     eval_at: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
     eval_tokens: int = 8192
     loop: LoopConfig = field(default_factory=LoopConfig)
+    law: Path | None = None  # a ladder's; None: the one in the folder `ladder` beside the run, else Epoch's constants
+    prompts: tuple[str, ...] | None = None  # to sample from; None: those for the default mixture
+    sizes: int | None = None  # models in all: with 3 the two next smaller ones beside it (`stages.sizes`)
 
     def __post_init__(self) -> None:
         if (self.seconds is None) == (self.steps is None):
             raise ConfigError("pretrain needs either seconds or steps, and not both")
+        if self.sizes is not None and self.sizes < 1:
+            raise ConfigError(f"sizes is {self.sizes}; it must be 1 or more")
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -71,7 +78,17 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     with stage.timed():
         if (done := stage.result()) is not None:
             return done
-        return _Pretraining(config, run, stage).work()
+        return train(config, run, stage)
+
+
+def train(config: Config, run: Run, stage: Stage) -> dict[str, Any]:
+    """The same in a folder of any name: several models can be trained on one run's shards."""
+    return _Pretraining(config, run, stage).work()
+
+
+def plan(config: Config, run: Run) -> dict[str, Any]:
+    """What the dial decides: shape, precision, compilation."""
+    return _Pretraining(config, run, run.stage("pretrain"))._plan()
 
 
 class _Pretraining:
@@ -121,13 +138,15 @@ class _Pretraining:
             }
         if c.seconds is None:
             raise ConfigError("pretrain without seconds needs both width and layers")
-        choice = choose(vocab, c.context, c.seconds, rows=c.rows)
+        law, told = choose_law(c.law, self.run.root.parent / "ladder" / LADDER, vocab, c.context)
+        choice = choose(vocab, c.context, c.seconds, rows=c.rows, law=law)
         return {
             "model": asdict(choice.config),
             "dtype": choice.dtype if c.dtype == "auto" else c.dtype,
             "compiled": choice.compiled if c.compiled is None else c.compiled,
             "fused": (choice.fused and not c.compiled) if c.fused is None else c.fused,
             "rates": choice.rates,
+            "law": told,
         }
 
     def _steps(self, model: GPT, loss: LanguageModelLoss) -> int:
@@ -176,7 +195,7 @@ class _Pretraining:
             model,
             tokenizer=self.tokenizer,
             stage="pretrain",
-            run=self.run.root.name,
+            run=self.run.root.name if self.stage.name == "pretrain" else f"{self.run.root.name}/{self.stage.name}",
             metrics={"val_bpb": result["val_bpb"], "tokens": result["tokens"]},
         )
         TrainState(self.stage.resume_dir).clear()
@@ -226,10 +245,11 @@ class _Watch:
     def sample(self, step: int, tokens: int) -> None:
         """Keep what the model makes of the fixed prompts now."""
         work = self.work
-        engine = Engine(self.model, max_batch=len(PROMPTS))
-        prompts = [[work.tokenizer.eot, *work.tokenizer.encode(text)] for text in PROMPTS]
+        texts = PROMPTS if work.config.prompts is None else work.config.prompts
+        engine = Engine(self.model, max_batch=len(texts))
+        prompts = [[work.tokenizer.eot, *work.tokenizer.encode(text)] for text in texts]
         params = SamplingParams(
             max_tokens=work.config.sample_tokens, temperature=0.8, seed=work.run.seed, stop_ids=(work.tokenizer.eot,)
         )
-        for text, completion in zip(PROMPTS, engine.complete(prompts, params), strict=True):
+        for text, completion in zip(texts, engine.complete(prompts, params), strict=True):
             work.stage.sample(step, tokens=tokens, prompt=text, text=work.tokenizer.decode(completion.ids))

@@ -17,8 +17,9 @@ import torch
 
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.train import kernels
+from stateofgpt.train.loop import LoopConfig, Trainer
 from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
-from stateofgpt.train.scaling import EPOCH
+from stateofgpt.train.scaling import EPOCH, Law
 
 SHAPES = ((128, 4), (192, 5), (256, 6), (320, 7), (384, 8), (512, 8), (640, 10), (768, 12))  # width, layers
 COMPILE_GAIN = 2.0  # compiled against eager steps, measured at widths 128-192 on two AMX cores
@@ -68,6 +69,25 @@ def measure_rate(
     return rows * context / seconds
 
 
+def measure_step(
+    config: GPTConfig, dtype: Dtype, *, rows: int, context: int, repeats: int = 3, fused: bool = False
+) -> float:
+    """Median seconds of a whole training step, the optimizer's part included, not compiled, on random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    model = GPT(config)
+    model.init_weights(generator)
+    loss = LanguageModelLoss(dtype, fused=fused)
+    trainer = Trainer(model, LoopConfig(), loss.kernels)
+    ids = torch.randint(0, config.vocab_size, (rows, context + 1), generator=generator)
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(rows, context))
+    times = []
+    for _ in range(repeats + 1):  # the first also allocates
+        start = time.perf_counter()
+        trainer.step([batch], loss, 0.0)
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
 def timed_steps(loss: Callable[[], torch.Tensor], model: torch.nn.Module, repeats: int) -> float:
     """Median seconds of forward and backward, after one pass that is not counted; leaves no gradient behind."""
     times = []
@@ -98,11 +118,17 @@ def can_compile() -> bool:
     return sys.platform != "win32" and any(which(name) for name in ("g++", "clang++", "c++"))
 
 
-def choose(vocab_size: int, context: int, seconds: float, *, rows: int) -> Choice:
+def tokens_within(seconds: float, rate: float, compiled: bool) -> float:
+    """Tokens that `seconds` of training are good for, from the rate of an eager trial; compiling costs and gains."""
+    return max(1.0, rate * ((seconds - COMPILE_SECONDS) * COMPILE_GAIN if compiled else seconds))
+
+
+def choose(vocab_size: int, context: int, seconds: float, *, rows: int, law: Law = EPOCH) -> Choice:
     """The shape with the lowest predicted loss after `seconds` of training here.
 
     Each shape's rate is measured by a short trial until one is clearly worse than the best so far; the loss is
-    Chinchilla's law with Epoch AI's constants (arXiv 2404.10102) at the tokens that the rate allows.
+    that of `law` (Chinchilla's with Epoch AI's constants, arXiv 2404.10102, where no other is measured) at the tokens
+    that the rate allows.
     """
     dtype, fused = choose_way(vocab_size, context)
     compiled = not fused and can_compile() and seconds > 3 * COMPILE_SECONDS
@@ -112,8 +138,7 @@ def choose(vocab_size: int, context: int, seconds: float, *, rows: int) -> Choic
         config = shape(width, layers, vocab_size, context)
         rate = measure_rate(config, dtype, rows=min(rows, 8), context=context, fused=fused)
         rates[f"{width}x{layers}"] = round(rate, 1)
-        usable = (seconds - COMPILE_SECONDS) * COMPILE_GAIN if compiled else seconds
-        loss = EPOCH.loss(GPT(config).n_params(), max(1.0, rate * usable))
+        loss = law.loss(GPT(config).n_params(), tokens_within(seconds, rate, compiled))
         if best is not None and loss > best[0] * 1.02:
             break
         if best is None or loss < best[0]:

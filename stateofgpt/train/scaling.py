@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 REPETITION_DECAY = 15.39  # R*_D of Muennighoff et al. (arXiv 2305.16264), equation 5
 
@@ -29,6 +30,12 @@ class Optimum:
     n_params: float
     tokens: float
     loss: float
+
+
+class Law(Protocol):
+    """Anything that expects a loss, in nats per token, of `n_params` parameters after `tokens` tokens."""
+
+    def loss(self, n_params: float, tokens: float) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,11 @@ class ChinchillaLaw:
         n_params = balance * (flops / 6) ** (self.b / (self.a + self.b))
         tokens = flops / (6 * n_params)
         return Optimum(n_params, tokens, self.loss(n_params, tokens))
+
+    def tokens_for(self, n_params: float) -> float:
+        """The tokens for which `n_params` are the optimum: where a A / N^a = b B / D^b."""
+        _require_positive(n_params=n_params)
+        return float((self.b * self.b_scale * n_params**self.a / (self.a * self.a_scale)) ** (1 / self.b))
 
     def optimum_of_limited_data(self, flops: float, unique_tokens: float) -> Optimum:
         """The best split of `flops` when only `unique_tokens` exist and further epochs count as `effective_tokens`.
@@ -85,6 +97,30 @@ class KaplanLaw:
         _require_positive(n_params=n_params, tokens=tokens)
         return float(((self.n_critical / n_params) ** (self.a_n / self.a_d) + self.d_critical / tokens) ** self.a_d)
 
+    def optimum(self, flops: float) -> Optimum:
+        """The split of `flops` = 6 N D with the lowest loss: where d/dN of the bracket of equation 1.5 is zero.
+
+        With r = aN / aD: N = (r Nc^r C / (6 Dc))^(1 / (1 + r)), so N grows as C^0.575. The paper's own rule, from fits
+        over training time, is C^0.73. Both lean too far towards size as budgets grow: see `KAPLAN_BIAS`.
+        """
+        _require_positive(flops=flops)
+        r = self.a_n / self.a_d
+        n_params = (r * self.n_critical**r * flops / (6 * self.d_critical)) ** (1 / (1 + r))
+        tokens = flops / (6 * n_params)
+        return Optimum(n_params, tokens, self.loss(n_params, tokens))
+
+    def tokens_for(self, n_params: float) -> float:
+        """The tokens for which `n_params` are the optimum: Dc / r (N / Nc)^r."""
+        _require_positive(n_params=n_params)
+        r = self.a_n / self.a_d
+        return float(self.d_critical / r * (n_params / self.n_critical) ** r)
+
+
+KAPLAN_BIAS = (
+    "Kaplan's law leans towards size as budgets grow: its runs shared one learning-rate schedule whatever their length "
+    "(arXiv 2203.15556), and it counts parameters without embeddings, at small sizes (arXiv 2406.12907)"
+)
+HOFFMANN_BIAS = "the Chinchilla paper's rounded constants lean towards tokens (arXiv 2404.10102, which refits them)"
 
 EPOCH = ChinchillaLaw(1.8172, 482.01, 2085.43, 0.3478, 0.3658)  # Besiroglu et al., arXiv 2404.10102: the refit
 HOFFMANN = ChinchillaLaw(1.69, 406.4, 410.7, 0.34, 0.28)  # the Chinchilla paper's rounded constants: mislead at optima
