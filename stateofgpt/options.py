@@ -1,7 +1,6 @@
 """How the words of a command are read: declared options, typed overrides, and mistakes told as our errors.
 
-Owns: the argument parser, the kinds of values, and the options of `sog plan`, which are many. Knows nothing of the
-other verbs, nor of what an override sets.
+Owns: the argument parser and the kinds of values. Knows nothing of the verbs, nor of what an override sets.
 """
 
 from __future__ import annotations
@@ -97,20 +96,3 @@ to_port = number(int, 0, "a port, 0 to 65535", 65535)
 def to_text(text: str) -> str:
     """An argument's bytes as UTF-8: what is none becomes the replacement character, as in every other text."""
     return os.fsencode(text).decode("utf-8", "replace")
-
-
-def plan_options(plan: Parser) -> None:
-    """Declare what `sog plan` can be asked."""
-    plan.option("--minutes", type=to_minutes, help="of pretraining on this machine, which is measured")
-    plan.option("--flops", type=to_amount, help="floating-point operations of training, as 1e21")
-    plan.option("--dollars", type=to_amount, help="money, with --gpu")
-    plan.option("--params", type=to_amount, help="a size, as 7B")
-    plan.option("--tokens", type=to_amount, help="with --params: tokens, as 1.4T (default: the law's optimum)")
-    plan.option("--gpu", help="A100, H100 ...")
-    plan.option("--price", type=to_amount, help="dollars an hour for one (default: a round price of the table)")
-    plan.option("--utilisation", type=to_share, help="share of the peak that training reaches (default 0.4)")
-    plan.option("--vocab-size", type=to_count, help="default: by size")
-    plan.option("--context", type=to_count, help="default: by size")
-    plan.option("--law", default="epoch", help="kaplan, chinchilla, epoch, or a ladder's ladder.json (default epoch)")
-    plan.option("--talk", action="store_true", help="the talk's table: GPT-3 against LLaMA")
-    plan.option("--json", action="store_true", help="JSON in place of tables")

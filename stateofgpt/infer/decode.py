@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stateofgpt.infer.cache import KVCache
 from stateofgpt.model.gpt import GPT, MLP, Block, LayerNorm, RMSNorm
+from stateofgpt.model.lora import effective_weight
 from stateofgpt.model.rotary import rotary_angles
 
 
@@ -63,7 +64,7 @@ class _Layer:
 
 
 class Decoder:
-    """Fused weights of one model. `refresh()` after every change of the model's weights."""
+    """Fused weights of one model, adapters merged. `refresh()` after every change of the model's weights."""
 
     def __init__(self, model: GPT, dtype: torch.dtype, max_context: int) -> None:
         c = model.config
@@ -106,7 +107,7 @@ class Decoder:
             return (ready[0].detach() if len(ready) == 1 else torch.cat(ready)).to(self.dtype)
 
         biases = [part.bias for part in parts if part.bias is not None]
-        return _Linear(stacked([part.weight for part in parts]), stacked(biases) if biases else None)
+        return _Linear(stacked([effective_weight(part) for part in parts]), stacked(biases) if biases else None)
 
     def _fuse(self, block: Block) -> _Layer:
         c, attn, mlp = self.config, block.self_attn, block.mlp

@@ -97,7 +97,7 @@ def _config(metadata: Mapping[str, Any], path: Path, tied: bool) -> GPTConfig:
         own.pop("rope.scaling.type")
     if unknown := sorted(own.keys() - _WHOLE.keys() - _OTHER):
         raise CheckpointError(f"{path} has {ARCHITECTURE}.{unknown[0]} = {str(own[unknown[0]])[:40]}, unknown here")
-    sizes = {ours: _whole(own, key, path) for key, ours in _WHOLE.items()}
+    sizes: dict[str, Any] = {ours: _whole(own, key, path) for key, ours in _WHOLE.items()}
     heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
     head_dim = _whole(own, "attention.key_length", path, width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):

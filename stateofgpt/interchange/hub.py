@@ -68,7 +68,7 @@ def publish_folder(source: Path, out: Path, origin: Origin) -> None:
         if file.stat().st_size > folder.MAX_JSON_BYTES:
             raise CheckpointError(f"{file} has more than the {folder.MAX_JSON_BYTES:,} bytes such a file may have")
     template = _template(source)
-    card = model_card(origin, raw, n_params)
+    card = model_card(origin, raw["architectures"][0], described.config, n_params)
     taken = [source / "config.json", words, *index, *small, *weights]
 
     def fill(work: Path) -> None:

@@ -77,7 +77,7 @@ def write(out: Path, model: Imported, dtype: DType = "float32") -> None:
     weights = {name: tensor.to(_DTYPES[dtype]) for name, tensor in model.tensors.items()}
     eos = list(words.eos)
     config = {**to_huggingface(model.config, "causal", bos=words.bos, eos=eos, pad=words.pad), "dtype": dtype}
-    card = model_card(model.origin, config, sum(t.numel() for t in weights.values()))
+    card = model_card(model.origin, config["architectures"][0], model.config, sum(t.numel() for t in weights.values()))
 
     def fill(work: Path) -> None:
         _write_json(work / "config.json", config)
@@ -142,9 +142,9 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_card(origin: Origin, config: Mapping[str, Any], n_params: int) -> str:
+def model_card(origin: Origin, architecture: str, config: GPTConfig, n_params: int) -> str:
     """The folder's README.md: what it is, where it comes from, and under which licence."""
-    shape = f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, vocabulary {config['vocab_size']}"
+    shape = f"{config.num_hidden_layers} layers of width {config.hidden_size}, vocabulary {config.vocab_size}"
     licence = origin.licence or "not named by its source; ask whoever made it before passing it on"
     lines = [
         "---",
@@ -161,8 +161,8 @@ def model_card(origin: Origin, config: Mapping[str, Any], n_params: int) -> str:
         f"- source: {_line(origin.source)}",
         *([f"- made by: {_line(origin.page)}"] if origin.page else []),
         f"- licence: {_line(licence)}",
-        f"- architecture: {config['architectures'][0]}, {n_params:,} parameters ({shape})",
-        f"- context: {config['max_position_embeddings']} tokens",
+        f"- architecture: {architecture}, {n_params:,} parameters ({shape})",
+        f"- context: {config.max_position_embeddings} tokens",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -32,6 +32,9 @@ from stateofgpt.run import sha256_file
 from stateofgpt.text.chat import CHAT_TEMPLATE
 from stateofgpt.text.tokenizer import Tokenizer
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MARKS = (WEIGHTS, ADAPTER_WEIGHTS, "config.json", ADAPTER_CONFIG)  # the first is what a foreign folder is known by
+
 
 @dataclass(frozen=True)
 class Parent:
@@ -190,8 +193,7 @@ def read_lineage(path: Path | str) -> Lineage:
     """Where the checkpoint at `path` comes from; a folder made by other software is its own beginning."""
     path = _find(path)
     if not (path / folder.MANIFEST).exists():
-        weights = path / WEIGHTS
-        mark = sha256_file(weights if weights.is_file() else path / "config.json")[:16]
+        mark = sha256_file(next(f for name in _MARKS if (f := path / name).is_file()))[:16]
         return Lineage(mark, path.resolve().name, "imported", (), "", {})
     raw = folder.read_json_file(path / folder.MANIFEST)
     try:
@@ -234,7 +236,7 @@ def _find(path: Path | str) -> Path:
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"no checkpoint at {path}: the folder {what}")
-    if not (path / "config.json").is_file():
+    if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise CheckpointError(f"{path} is no checkpoint: it has no config.json")
     return path
 
@@ -242,6 +244,8 @@ def _find(path: Path | str) -> Path:
 def _open(path: Path | str) -> tuple[Path, Described, Shards]:
     """Check all that can be checked without reading a weight."""
     path = _find(path)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is an adapter, no whole model; load its base model, then the adapter")
     folder.verify(path)
     described = from_huggingface(folder.read_json_file(path / "config.json"), str(path / "config.json"))
     shards = open_shards(path)

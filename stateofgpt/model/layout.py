@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.model.lora import merged_state
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _GPT2_TRUNK = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm"}
@@ -56,8 +57,9 @@ class Place:
 
 
 def own_tensors(model: nn.Module, config: GPTConfig) -> dict[str, Tensor]:
-    """What is stored of a GPT or a reward model, under our names; a tied head is the embedding and not stored twice."""
-    tensors = dict(model.state_dict())
+    """What is stored of a GPT or a reward model, under our names and with adapters merged; a tied head is the embedding
+    and not stored twice."""
+    tensors = merged_state(model)
     if isinstance(model, GPT) and config.tie_word_embeddings:
         tensors.pop(HEAD, None)
     return tensors

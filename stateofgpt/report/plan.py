@@ -91,12 +91,7 @@ def _minutes(options: Namespace, laws: dict[str, tuple[str, AnyLaw]]) -> Asked:
     key = f"{choice.config.hidden_size}x{choice.config.num_hidden_layers}"
     tokens = tokens_within(seconds, choice.rates[key], choice.compiled)
     made = make_plan(choice.config, tokens, batch=rows * context, lr=STAGE_LR)
-    budget = {
-        "minutes": options.minutes,
-        "dtype": choice.dtype,
-        "fused": choice.fused,
-        "compiled": choice.compiled,
-    }
+    budget = {"minutes": options.minutes, "dtype": choice.dtype, "compiled": choice.compiled, "fused": choice.fused}
     return Asked(budget, made, name, 6.0 * made.n_params * tokens, choice.rates, seconds)
 
 

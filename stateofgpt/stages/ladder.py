@@ -97,8 +97,11 @@ def _shape(size: str, vocab: int, context: int) -> GPTConfig:
 
 
 def _plan(config: Config, vocab: int, n_sources: int) -> dict[str, Any]:
-    """Precision and kernels, and the steps of the shortest rung so that all of them fit the time."""
-    dtype, fused = choose_way(vocab, config.context) if config.dtype == "auto" else (config.dtype, can_fuse())
+    """Precision, and the steps of the shortest rung so that all of them fit the time."""
+    if config.dtype == "auto":
+        dtype, fused = choose_way(vocab, config.context)
+    else:
+        dtype, fused = config.dtype, can_fuse()
     way = {"dtype": dtype, "fused": fused}
     if config.steps is not None:
         return {**way, "steps": config.steps, "step_seconds": {}}

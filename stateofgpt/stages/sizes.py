@@ -77,8 +77,7 @@ def _steps(config: pretrain.Config, plan: dict[str, Any], models: list[GPTConfig
         return config.steps
     assert config.seconds is not None
     rows, context = config.rows, config.context
-    way = {"rows": rows, "context": context, "fused": plan["fused"]}
-    each = [measure_step(model, plan["dtype"], **way) for model in models]
+    each = [measure_step(model, plan["dtype"], rows=rows, context=context, fused=plan["fused"]) for model in models]
     looks = sum(each) * LOOKS * config.eval_tokens / 8192
     left = config.seconds * (1 - SPARE) - stage.seconds() - looks - SAMPLE_SECONDS * len(config.sample_at) * len(models)
     if plan["compiled"]:

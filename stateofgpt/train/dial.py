@@ -72,7 +72,7 @@ def measure_rate(
 def measure_step(
     config: GPTConfig, dtype: Dtype, *, rows: int, context: int, repeats: int = 3, fused: bool = False
 ) -> float:
-    """Median seconds of a whole training step, not compiled, optimizer included, on rows x context random tokens."""
+    """Median seconds of a whole training step, the optimizer's part included, not compiled, on random tokens."""
     generator = torch.Generator().manual_seed(0)
     model = GPT(config)
     model.init_weights(generator)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stateofgpt.model.gpt import GPT, MLP, Attention, Block, GPTConfig, Trunk
+from stateofgpt.model.lora import adapters, effective_weight
 from stateofgpt.train.kernels import Kernels
 
 BLOCK = 128  # queries that attend together: what lies past them is never computed
@@ -45,9 +46,10 @@ class Decoder(Protocol):
 
 
 def fits(model: Decoder, ids: Tensor) -> bool:
-    """Whether the fused pass can take this model and ids [B, T]; it knows no biases."""
+    """Whether the fused pass can take this model and ids [B, T]; it knows no biases, and no dropout in adapters."""
     c = model.config
     known = c.arch in ("qwen3", "llama") and c.head_dim % 2 == 0 and not (c.attention_bias or c.mlp_bias)
+    known = known and not any(adapter.lora_dropout for adapter in adapters(model.model).values())
     return known and ids.shape[1] <= LONGEST and ids.device.type == "cpu"
 
 
@@ -98,15 +100,16 @@ def _blocks(
 
 
 def _prepared(layers: list[Block], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-    """Of each layer: query-key-value, output, gate-and-up and down weights in the working precision."""
+    """Of each layer: query-key-value, output, gate-and-up and down weights in the working precision, adapters in."""
     attention, mlp = [x.self_attn for x in layers], [x.mlp for x in layers if isinstance(x.mlp, MLP)]
     kinds = (
-        [w for x in attention for w in (x.q_proj.weight, x.k_proj.weight, x.v_proj.weight)],
-        [x.o_proj.weight for x in attention],
-        [w for x in mlp for w in (x.gate_proj.weight, x.up_proj.weight)],
-        [x.down_proj.weight for x in mlp],
+        [linear for x in attention for linear in (x.q_proj, x.k_proj, x.v_proj)],
+        [x.o_proj for x in attention],
+        [linear for x in mlp for linear in (x.gate_proj, x.up_proj)],
+        [x.down_proj for x in mlp],
     )
-    return list(zip(*(torch.cat(kind).to(dtype).chunk(len(layers)) for kind in kinds), strict=True))
+    weights = ([effective_weight(linear) for linear in kind] for kind in kinds)
+    return list(zip(*(torch.cat(kind).to(dtype).chunk(len(layers)) for kind in weights), strict=True))
 
 
 def _gains(attention: Attention, config: GPTConfig) -> Tensor | None:
@@ -246,7 +249,7 @@ class _Head(torch.autograd.Function):
         k = spec.kernels
         wanted = any(ctx.needs_input_grad)
         h, rstd = k.rmsnorm(x, norm, spec.eps)
-        dh, dweight = torch.empty_like(h), torch.zeros(weight.shape)
+        dh, dweight = torch.empty_like(h), torch.zeros(weight.shape) if ctx.needs_input_grad[2] else None
         losses = []
         rows = max(1, LOGITS // weight.shape[0])
         for start in range(0, x.shape[0], rows):
@@ -255,7 +258,8 @@ class _Head(torch.autograd.Function):
             losses.append(k.cross_entropy_(logits, targets[part], weights[part], wanted))
             if wanted:
                 torch.mm(logits, weight, out=dh[part])
-                dweight += logits.t() @ h[part]
+                if dweight is not None:
+                    dweight += logits.t() @ h[part]
         ctx.spec = spec
         ctx.save_for_backward(x, norm, rstd, dh, dweight)
         return torch.cat(losses).sum()
@@ -263,6 +267,6 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, rstd, dh, dweight = ctx.saved_tensors
-        dh, scale = dh * dout.to(dh.dtype), dout
+        dh = dh * dout.to(dh.dtype)
         dx, dnorm = ctx.spec.kernels.rmsnorm_backward(dh, x, norm, rstd, torch.zeros_like(x))
-        return dx, dnorm, (dweight * scale).to(x.dtype), None, None, None
+        return dx, dnorm, None if dweight is None else (dweight * dout).to(x.dtype), None, None, None

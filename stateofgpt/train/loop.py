@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,12 +43,18 @@ class LoopConfig:
 
 
 class Trainer:
-    """A model with its optimizer; with `kernels` the optimizer's passes are fused."""
+    """A model with its optimizer; with `kernels` the optimizer's passes are fused.
+
+    What takes no gradient (`requires_grad` is False) is neither trained nor saved.
+    """
 
     def __init__(self, model: nn.Module, config: LoopConfig, kernels: Kernels | None = None) -> None:
         self.model = model
         self.config = config
         self.optimizer = MuonAdamW(model.named_parameters(), config.optim, kernels)
+        if not self.optimizer.params:
+            raise ModelError("the model has no parameter that takes a gradient, so there is nothing to train")
+        self._dropout = any(isinstance(m, nn.Dropout) and m.p > 0.0 for m in model.modules())
 
     def step(self, batches: Sequence[Weighted], loss: Loss, factor: float) -> dict[str, float]:
         """One optimizer step on the mean loss over all targets of `batches`; learning rates times `factor`.
@@ -57,10 +64,11 @@ class Trainer:
         self.optimizer.zero_grad()
         total_weight = max(1.0, sum(batch.weight for batch in batches))
         total = 0.0
-        for batch in batches:
-            value = loss(self.model, batch) / total_weight
-            value.backward()
-            total += value.item()
+        with self._own_randomness():
+            for batch in batches:
+                value = loss(self.model, batch) / total_weight
+                value.backward()
+                total += value.item()
         norm = self.gradient_norm()
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise ModelError(
@@ -70,20 +78,30 @@ class Trainer:
         self.optimizer.step(factor, min(1.0, self.config.clip / (norm + 1e-6)))
         return {"loss": total, "grad_norm": norm, "lr": self.config.optim.lr * factor}
 
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Dropout's masks are a function of the step, so that a resumed run draws those an undisturbed one drew."""
+        if not self._dropout:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(self.optimizer.step_count)
+            yield
+
     def gradient_norm(self) -> float:
         """The joint norm of all gradients; a step scales them so that it is at most `clip`."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and optimizer state under one set of names."""
-        weights = {f"model.{n}": p.detach() for n, p in self.model.named_parameters()}
+        """Weights that are trained and optimizer state, under one set of names."""
+        weights = {f"model.{n}": p.detach() for n, p in self.optimizer.params.items()}
         return weights | {f"optimizer.{n}": t for n, t in self.optimizer.state().items()}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `tensors` gave."""
-        for name, p in self.model.named_parameters():
+        for name, p in self.optimizer.params.items():
             p.copy_(tensors[f"model.{name}"])
         prefix = "optimizer."
         self.optimizer.load({n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)})

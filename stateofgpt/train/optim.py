@@ -66,6 +66,8 @@ def orthogonalise(stack: Tensor) -> Tensor:
 class MuonAdamW:
     """One optimizer over the named parameters of a model, with a state that is a flat dict of tensors.
 
+    A parameter that takes no gradient (`requires_grad` is False) has no part in it: no state, and no step.
+
     With `kernels` everything but the matrix products of the iteration is one pass over each tensor.
     """
 
@@ -75,7 +77,7 @@ class MuonAdamW:
         self.config = config
         self.kernels = kernels
         self.step_count = 0
-        self.params = dict(params)
+        self.params = {n: p for n, p in params if p.requires_grad}
         hidden = {n: p for n, p in self.params.items() if p.ndim == 2 and ".layers." in n and config.use_muon}
         groups: dict[tuple[int, ...], list[str]] = {}
         for name, p in hidden.items():
