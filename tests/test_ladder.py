@@ -213,7 +213,7 @@ def test_the_pretrain_stage_goes_by_the_law_beside_its_run_and_records_it(
     ("settings", "said"),
     [
         ({"sizes": ("64x1", "64x2")}, "2 sizes and 3 lengths cannot be fitted"),
-        ({"multiples": (1, 2)}, "5 sizes and 2 lengths"),
+        ({"multiples": (1, 2)}, "4 sizes and 2 lengths"),
         ({"sizes": ("64x1", "64x2", "big")}, '"big" is no size'),
         ({"sizes": ("64x1", "64x2", "100x2")}, '"100x2" is no size'),
         ({"steps": 5}, "either seconds or steps"),
@@ -227,11 +227,11 @@ def test_a_ladder_that_cannot_be_fitted_is_refused_before_it_begins(settings: di
 def test_too_little_time_is_told_with_the_time_that_is_needed(climbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "measure_step", lambda *a, **k: 0.1)
     monkeypatch.setattr(ladder, "choose_way", lambda *a: ("float32", False))
-    with pytest.raises(ConfigError, match="10 seconds are too few for these 5 sizes on this machine, which need 78"):
+    with pytest.raises(ConfigError, match="10 seconds are too few for these 4 sizes on this machine, which need 62"):
         ladder._plan(ladder.Config(seconds=10.0, sizes=ladder.Config().sizes), 320, 1)
     steps = ladder._plan(ladder.Config(seconds=200.0), 320, 1)["steps"]
     looks = 0.7 * 2048 / 2048 * 3
-    assert 5 * 0.1 * (7 * steps + looks) <= 200 * 0.92 < 5 * 0.1 * (7 * (steps + 1) + looks)
+    assert 4 * 0.1 * (7 * steps + looks) <= 200 * 0.92 < 4 * 0.1 * (7 * (steps + 1) + looks)
 
 
 def test_the_verb_refuses_an_unknown_setting_and_a_missing_corpus(capsys: pytest.CaptureFixture[str]) -> None:

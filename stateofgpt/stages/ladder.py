@@ -35,12 +35,13 @@ MOST_EPOCHS = 4.0
 
 @dataclass(frozen=True)
 class Config:
-    """`sizes` are width x layers; every size is trained for `steps` x each of `multiples`. With `seconds` the steps are
+    """`sizes` are width x layers, growing together: in a hundred steps depth alone shows little (64x1 and 64x4 ended
+    within 2 % of each other, 128x2 14 % lower), so sizes that differ only in it follow no law of N. Every size is trained for `steps` x each of `multiples`. With `seconds` the steps are
     what fits."""
 
     seconds: float | None = 240.0
     steps: int | None = None
-    sizes: tuple[str, ...] = ("64x1", "64x2", "64x4", "128x2", "128x4")
+    sizes: tuple[str, ...] = ("64x2", "128x3", "192x4", "256x5")
     multiples: tuple[int, ...] = (1, 2, 4)
     context: int = 256
     rows: int = 8

@@ -30,7 +30,7 @@ FEWEST_POINTS = 7  # five unknowns, and something left to tell noise by
 FEWEST_VALUES = 3  # of either: an exponent and a scale need two, the common floor a third
 SMALLEST_SPAN = 2.0
 FLAT = 0.005  # of the loss
-TRUSTED_EXPONENTS = (0.02, 2.0)  # both intervals lie in here, else the law is not for extrapolating
+TRUSTED_EXPONENTS = (0.05, 1.0)  # both intervals lie in here, else the law is not for extrapolating
 TRUSTED_RESIDUAL = 0.05  # root mean square, of log L
 
 
