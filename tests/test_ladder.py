@@ -227,8 +227,14 @@ def test_a_ladder_that_cannot_be_fitted_is_refused_before_it_begins(settings: di
 def test_too_little_time_is_told_with_the_time_that_is_needed(climbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "measure_step", lambda *a, **k: 0.1)
     monkeypatch.setattr(ladder, "choose_way", lambda *a: ("float32", False))
-    with pytest.raises(ConfigError, match="10 seconds are too few for these 4 sizes on this machine, which need 62"):
+    with pytest.raises(ConfigError, match="10 seconds are too few for these 3 sizes on this machine, which need 47"):
         ladder._plan(ladder.Config(seconds=10.0, sizes=ladder.Config().sizes), 320, 1)
+    seconds = {"64x2": 0.1, "128x3": 0.1, "192x4": 0.1, "256x5": 9.0}
+    monkeypatch.setattr(
+        ladder, "measure_step", lambda made, *a, **k: seconds[f"{made.hidden_size}x{made.num_hidden_layers}"]
+    )
+    assert ladder._plan(ladder.Config(seconds=200.0), 320, 1)["sizes"] == ["64x2", "128x3", "192x4"]
+    monkeypatch.setattr(ladder, "measure_step", lambda *a, **k: 0.1)
     steps = ladder._plan(ladder.Config(seconds=200.0), 320, 1)["steps"]
     looks = 0.7 * 2048 / 2048 * 3
     assert 4 * 0.1 * (7 * steps + looks) <= 200 * 0.92 < 4 * 0.1 * (7 * (steps + 1) + looks)

@@ -66,7 +66,8 @@ def make(made: Ladder, out: Path) -> None:
             if not run.stage(name).done:
                 console.print(f"[bold]{name}[/bold]")
             stage(getattr(made, name), run)
-        console.print(f"[bold]rungs[/bold]     {', '.join(made.ladder.sizes)}, each over {_lengths(made.ladder)}")
+        sizes = ", ".join(made.ladder.sizes)
+        console.print(f"[bold]rungs[/bold]     as many of {sizes} as fit, each over {_lengths(made.ladder)}")
         result = ladder.run(_within(made, run, began), run)
         page = build(run.root)
     _tell(console, result, out / LADDER, page)

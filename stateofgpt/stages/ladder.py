@@ -36,8 +36,9 @@ MOST_EPOCHS = 4.0
 @dataclass(frozen=True)
 class Config:
     """`sizes` are width x layers, growing together: in a hundred steps depth alone shows little (64x1 and 64x4 ended
-    within 2 % of each other, 128x2 14 % lower), so sizes that differ only in it follow no law of N. Every size is trained for `steps` x each of `multiples`. With `seconds` the steps are
-    what fits."""
+    within 2 % of each other, 128x2 14 % lower), so sizes that differ only in it follow no law of N. Each is
+    trained for `steps` x each of `multiples`. With `seconds` the steps are what fits; where too few would, the largest
+    sizes are left out, down to three."""
 
     seconds: float | None = 240.0
     steps: int | None = None
@@ -84,7 +85,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         vocab = -(-tokenizer.vocab_size // 64) * 64
         shards = Shards.open(run.stage("tokenize").dir)
         plan = stage.decide("plan", lambda: _plan(config, vocab, len(shards.sources)))
-        rungs = [Rung(size, plan["steps"] * k) for size in config.sizes for k in config.multiples]
+        rungs = [Rung(size, plan["steps"] * k) for size in plan["sizes"] for k in config.multiples]
         results = {rung: _train(config, run, rung, plan) for rung in rungs}
         result = _result(config, run, vocab, results)
         write_json(run.root / LADDER, result)
@@ -105,7 +106,7 @@ def _plan(config: Config, vocab: int, n_sources: int) -> dict[str, Any]:
         dtype, fused = config.dtype, can_fuse()
     way = {"dtype": dtype, "fused": fused}
     if config.steps is not None:
-        return {**way, "steps": config.steps, "step_seconds": {}}
+        return {**way, "sizes": list(config.sizes), "steps": config.steps, "step_seconds": {}}
     assert config.seconds is not None
     seconds = {
         size: measure_step(
@@ -114,15 +115,20 @@ def _plan(config: Config, vocab: int, n_sources: int) -> dict[str, Any]:
         for size in config.sizes
     }
     looks = HELD_OUT_COST * n_sources * config.eval_tokens / (config.rows * config.context) * len(config.multiples)
-    total = sum(seconds.values())
-    steps = int((config.seconds * (1 - SPARE) / total - looks) / sum(config.multiples))
+    sizes = sorted(config.sizes, key=lambda size: seconds[size])
+    while True:
+        total = sum(seconds[size] for size in sizes)
+        steps = int((config.seconds * (1 - SPARE) / total - looks) / sum(config.multiples))
+        if steps >= FEWEST_STEPS or len(sizes) == FEWEST_VALUES:
+            break
+        sizes.pop()
     if steps < FEWEST_STEPS:
         needed = total * (FEWEST_STEPS * sum(config.multiples) + looks) / (1 - SPARE)
         raise ConfigError(
-            f"{config.seconds:.0f} seconds are too few for these {len(config.sizes)} sizes on this machine, which need "
+            f"{config.seconds:.0f} seconds are too few for these {len(sizes)} sizes on this machine, which need "
             f"{math.ceil(needed)}; give more minutes, or smaller --ladder.sizes"
         )
-    return {**way, "steps": steps, "step_seconds": seconds}
+    return {**way, "sizes": sizes, "steps": steps, "step_seconds": seconds}
 
 
 def _train(config: Config, run: Run, rung: Rung, plan: dict[str, Any]) -> dict[str, Any]:
