@@ -134,9 +134,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     config = shape(options)
-    ids = torch.randint(
-        0, options.vocab, (options.rows, options.context + 1), generator=torch.Generator().manual_seed(1)
-    )
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, options.vocab, (options.rows, options.context + 1), generator=generator)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(options.rows, options.context))
     gate(config, batch)
     start = GPT(config)
