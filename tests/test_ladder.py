@@ -40,7 +40,14 @@ def tiny(text: Path) -> Ladder:
         collect=collect.Config(sources=(), corpus=(str(text),), validation_share=0.1, most_characters=1000),
         tokenize=tokenize.Config(vocab_size=320),
         ladder=ladder.Config(
-            seconds=None, steps=4, sizes=("64x1", "64x2", "128x2"), context=32, rows=4, eval_tokens=512, resamples=20
+            seconds=None,
+            steps=4,
+            sizes=("64x1", "64x2", "128x2"),
+            context=32,
+            rows=4,
+            dtype="float32",
+            eval_tokens=512,
+            resamples=20,
         ),
     )
 

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stateofgpt.errors import ModelError
+from stateofgpt.errors import ConfigError, ModelError
+from stateofgpt.train.average import TailAverage
+from stateofgpt.train.guard import SpikeConfig, SpikeGuard
 from stateofgpt.train.kernels import Kernels
 from stateofgpt.train.optim import MuonAdamW, OptimConfig
 from stateofgpt.train.state import TrainState
@@ -40,6 +42,12 @@ class LoopConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     clip: float = 1.0
     save_every_s: float = 30.0
+    average_share: float = 0.0  # the last share of the steps whose weights are averaged; 0 keeps the last ones
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.average_share <= 1.0:
+            raise ConfigError(f"average_share is {self.average_share}, must be from 0 to 1")
 
 
 class Trainer:
@@ -56,10 +64,17 @@ class Trainer:
             raise ModelError("the model has no parameter that takes a gradient, so there is nothing to train")
         self._dropout = any(isinstance(m, nn.Dropout) and m.p > 0.0 for m in model.modules())
 
-    def step(self, batches: Sequence[Weighted], loss: Loss, factor: float) -> dict[str, float]:
+    def step(
+        self,
+        batches: Sequence[Weighted],
+        loss: Loss,
+        factor: float,
+        refuse: Callable[[float, float], bool] | None = None,
+    ) -> dict[str, float]:
         """One optimizer step on the mean loss over all targets of `batches`; learning rates times `factor`.
 
-        Raises ModelError before any weight has changed when the loss or the gradient is not finite.
+        Nothing is changed where `refuse(loss, gradient norm)` says so; the metrics then have `refused`. Raises
+        ModelError before any weight has changed when the loss or the gradient is not finite.
         """
         self.optimizer.zero_grad()
         total_weight = max(1.0, sum(batch.weight for batch in batches))
@@ -75,8 +90,11 @@ class Trainer:
                 f"the loss is {total} and the gradient norm {norm} at optimizer step {self.optimizer.step_count}; "
                 "nothing was changed: lower the learning rate, or look at this step's batch"
             )
+        metrics = {"loss": total, "grad_norm": norm, "lr": self.config.optim.lr * factor}
+        if refuse is not None and refuse(total, norm):
+            return {**metrics, "refused": 1.0}
         self.optimizer.step(factor, min(1.0, self.config.clip / (norm + 1e-6)))
-        return {"loss": total, "grad_norm": norm, "lr": self.config.optim.lr * factor}
+        return metrics
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
@@ -122,22 +140,92 @@ def fit(
 
     `on_resume(step)` is told the number of finished steps of that state, or -1 when there is none: what an earlier
     attempt logged beyond it will be logged again. Each of `callbacks` gets (finished steps, metrics of the last one)
-    after every step, and (0, {}) before the first.
+    after every step, and (0, {}) before the first. What the configuration says of spikes and of averaging the tail is
+    done here, and is part of the state.
     """
-    start = 0
-    if (saved := state.latest()) is not None:
-        start = saved[0]
-        trainer.load(saved[1])
-    on_resume(start if start else -1)
-    callbacks = tuple(callbacks)
-    if start == 0:
-        for callback in callbacks:
-            callback(0, {})
-    last_save = time.monotonic()
-    for step in range(start, steps):
-        metrics = trainer.step(batches(step), loss, factor(step))
-        for callback in callbacks:
+    _Fit(trainer, batches, loss, steps, factor, state, on_resume, tuple(callbacks)).work()
+
+
+@dataclass
+class _Fit:
+    trainer: Trainer
+    batches: Callable[[int], Sequence[Weighted]]
+    loss: Loss
+    steps: int
+    factor: Callable[[int], float]
+    state: TrainState
+    on_resume: Callable[[int], None]
+    callbacks: tuple[Callable[[int, dict[str, float]], None], ...]
+
+    def __post_init__(self) -> None:
+        self.config = self.trainer.config
+        self.guard = SpikeGuard(self.config.spikes)
+        self.average = TailAverage(self.trainer.optimizer.params)
+        self.anchor: tuple[int, dict[str, Tensor]] | None = None  # where a roll-back goes
+        self.tail = self.steps - round(self.steps * self.config.average_share)
+
+    def work(self) -> None:
+        step = self._resume()
+        last_save = time.monotonic()
+        while step < self.steps:
+            step = self._step(step)
+            if time.monotonic() - last_save > self.config.save_every_s or step == self.steps:
+                self._save(step)
+                last_save = time.monotonic()
+        self.average.apply()
+
+    def _step(self, step: int) -> int:
+        """Train one step, or go back; the number of finished steps after it."""
+        spikes = self.config.spikes
+        if spikes.policy == "roll_back" and step % spikes.window == 0:
+            self.anchor = step, {name: tensor.clone() for name, tensor in self.trainer.tensors().items()}
+        if step in self.guard.left_out:
+            return step + 1
+        spike: list[bool] = []
+
+        def refuse(loss: float, norm: float) -> bool:
+            spike.append(self.guard.is_spike(loss, norm))
+            return spike[0] and spikes.policy != "note"
+
+        rate = self.factor(step) * self.guard.rate(step)
+        metrics = self.trainer.step(self.batches(step), self.loss, rate, refuse)
+        if spike[0]:
+            metrics["spike"] = 1.0
+            if spikes.policy == "lower":
+                self.guard.lower_from(step)
+            if spikes.policy == "roll_back" and self.anchor is not None:
+                self.guard.left_out.append(step)
+                self.trainer.load(self.anchor[1])
+                self.on_resume(self.anchor[0] if self.anchor[0] else -1)
+                return self.anchor[0]
+        if step >= self.tail:
+            self.average.add()
+        for callback in self.callbacks:
             callback(step + 1, metrics)
-        if time.monotonic() - last_save > trainer.config.save_every_s or step + 1 == steps:
-            state.save(step + 1, trainer.tensors(), {})
-            last_save = time.monotonic()
+        return step + 1
+
+    def _save(self, step: int) -> None:
+        tensors = {**self.trainer.tensors(), **self.average.tensors()}
+        if self.anchor is not None:
+            tensors |= {f"anchor.{name}": tensor for name, tensor in self.anchor[1].items()}
+        about = {"guard": self.guard.state(), "averaged": self.average.count}
+        self.state.save(step, tensors, {**about, "anchor": self.anchor[0] if self.anchor else None})
+
+    def _resume(self) -> int:
+        """Take over the newest state; the number of finished steps."""
+        step = 0
+        if (saved := self.state.latest()) is not None:
+            step, tensors, about = saved
+            self.trainer.load(tensors)
+            if "guard" in about:
+                self.guard.load(about["guard"])
+                self.average.load(tensors, about["averaged"])
+            if about.get("anchor") is not None:
+                prefix = "anchor."
+                kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+                self.anchor = about["anchor"], kept
+        self.on_resume(step if step else -1)
+        if step == 0:
+            for callback in self.callbacks:
+                callback(0, {})
+        return step
