@@ -222,6 +222,7 @@ def _recipe_options(parser: Parser) -> None:
     parser.option(
         "--corpus", type=Path, action="append", metavar="PATH", help="your own .txt .md .jsonl .py; repeatable"
     )
+    parser.option("--from", dest="start", metavar="MODEL", help="begin from this model: a folder, or RUN:stage")
     parser.epilog = "Every setting can be set: --pretrain.lr 0.02. The same command continues unfinished work."
 
 

@@ -34,7 +34,7 @@ def run_stage(options: argparse.Namespace) -> None:
     if options.seed is None and here:
         options.seed = here.seed
     recipe = _load(options, name)
-    if here and here.recipe == name and options.minutes is None and options.corpus is None:
+    if here and here.recipe == name and options.minutes is None and options.corpus is None and options.start is None:
         try:  # what the run was made with, so that `sog eval --out DIR` needs no repeating of it
             recipe = apply_overrides(from_dict(type(recipe), here.config), options.overrides)
         except ConfigError:
@@ -53,7 +53,9 @@ def _load(options: argparse.Namespace, name: str) -> Any:
     for path in corpus:
         if not path.exists():
             raise DataError(f"--corpus {path}: there is no such file or folder")
-    return load(name, minutes=options.minutes, seed=options.seed or 0, corpus=corpus, overrides=options.overrides)
+    model = None if options.start is None else resolve_model(options.start)
+    asked = {"minutes": options.minutes, "seed": options.seed or 0, "corpus": corpus, "overrides": options.overrides}
+    return load(name, model=model, **asked)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -92,14 +94,14 @@ def sample(options: argparse.Namespace) -> None:
             max_tokens=options.max_tokens,
             temperature=options.temperature,
             seed=options.seed + number,
-            stop_ids=(tokenizer.eot, tokenizer.im_end),
+            stop_ids=tokenizer.stops,
         )
         for number in range(options.n)
     ]
     for number, completion in enumerate(engine.complete([prompt] * options.n, params)):
         if options.n > 1:
             print(f"{'' if number == 0 else chr(10)}--- {number + 1} of {options.n}")
-        print(options.prompt + tokenizer.decode(completion.ids))
+        print(options.prompt + tokenizer.decode(completion.ids, inner=True))
 
 
 def logprobs(options: argparse.Namespace) -> None:

@@ -54,7 +54,13 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fakes:
             monkeypatch.setattr(sys.modules[name], key, value, raising=False)
 
     def load(
-        name: str, *, minutes: float | None, seed: int, corpus: tuple[Path, ...], overrides: Mapping[str, str]
+        name: str,
+        *,
+        minutes: float | None,
+        seed: int,
+        corpus: tuple[Path, ...],
+        overrides: Mapping[str, str],
+        model: Path | None = None,
     ) -> Recipe:
         fakes.calls.append(("load", name, minutes, seed, corpus))
         return apply_overrides(Recipe(name, minutes or 10.0), overrides)
@@ -376,7 +382,7 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A checkpoint folder, and stand-ins for the tokenizer (bytes) and the engine behind it."""
 
     class Tokenizer:
-        eot, im_end = 256, 258
+        eot, stops = 256, (258, 256)
 
         @classmethod
         def load(cls, folder: Path) -> Tokenizer:
@@ -386,7 +392,7 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         def encode(self, text: str) -> list[int]:
             return list(text.encode())
 
-        def decode(self, ids: list[int]) -> str:
+        def decode(self, ids: list[int], *, inner: bool = False) -> str:
             return bytes(ids).decode()
 
         def token_str(self, token: int) -> str:
@@ -398,7 +404,7 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
         def complete(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
             assert all(prompt[0] == 256 for prompt in prompts)
-            assert all(one.stop_ids == (256, 258) and one.temperature == 0.0 for one in params)
+            assert all(one.stop_ids == (258, 256) and one.temperature == 0.0 for one in params)
             return [types.SimpleNamespace(ids=list(f" {one.seed}/{one.max_tokens}".encode())) for one in params]
 
         def score(self, sequences: list[list[int]]) -> list[list[float]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
+import made_elsewhere
 import numpy as np
 import pytest
 
@@ -118,3 +120,19 @@ def test_a_row_that_is_filled_to_its_last_place_loses_nothing() -> None:
 def test_little_of_a_row_is_padding() -> None:
     packed = pack(rows=8)
     assert (packed.targets == TOKENIZER.pad).mean() < 0.15
+
+
+def test_every_position_knows_where_its_conversation_begins_in_ours_by_the_token_between_documents() -> None:
+    packed = pack()
+    starts = np.where(packed.ids == TOKENIZER.eot, np.arange(384), 0)
+    assert (packed.firsts == np.maximum.accumulate(starts, axis=1)).all() and packed.firsts.max() > 0
+
+
+def test_a_conversation_is_not_cut_where_its_turns_end_with_the_token_between_documents(tmp_path: Path) -> None:
+    folder = made_elsewhere.write(tmp_path, made_elsewhere.byte_level("<|endoftext|>"), eos_token="<|endoftext|>")
+    tokenizer = Tokenizer.load(folder)
+    talk = (Message("user", "Hi"), Message("assistant", "Hello."))
+    length = len(ChatFormat(tokenizer).render(talk).ids)
+    packed = Packer(ChatFormat(tokenizer), lambda step, i: talk, rows=1, context=2 * length, pad=tokenizer.pad).step(0)
+    assert (packed.ids[0, :length] == tokenizer.eot).sum() == 2
+    assert packed.firsts[0].tolist() == [0] * length + [length] * length

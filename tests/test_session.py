@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import made_elsewhere
 import pytest
 import torch
 
@@ -88,6 +89,13 @@ def chat() -> ChatFormat:
     return ChatFormat(Tokenizer.train(iter(texts), 300))
 
 
+@pytest.fixture(scope="module", params=["ours", "made elsewhere, calls in plain text"])
+def any_chat(request: pytest.FixtureRequest, chat: ChatFormat, tmp_path_factory: pytest.TempPathFactory) -> ChatFormat:
+    if request.param == "ours":
+        return chat
+    return ChatFormat(Tokenizer.load(made_elsewhere.smol(tmp_path_factory.mktemp("smol"))))
+
+
 def user(text: str) -> Conversation:
     return (Message("user", text),)
 
@@ -105,7 +113,8 @@ def said(chat: ChatFormat, *messages: Message) -> list[int]:
     return ids
 
 
-def test_ids_and_mask_of_turns_with_tools_are_those_of_the_rendered_conversation(chat: ChatFormat) -> None:
+def test_ids_and_mask_of_turns_with_tools_are_those_of_the_rendered_conversation(any_chat: ChatFormat) -> None:
+    chat = any_chat
     dialogues: list[Conversation] = [
         (*user("hi"), Message("assistant", "Hello.")),
         (
@@ -126,7 +135,8 @@ def test_ids_and_mask_of_turns_with_tools_are_those_of_the_rendered_conversation
         ),
     ]
     starts = [next(i for i, m in enumerate(d) if m.role == "assistant") for d in dialogues]
-    engine = ScriptedEngine([said(chat, *(m for m in d if m.role == "assistant")) for d in dialogues])
+    scripts = [said(chat, *(m for m in d if m.role == "assistant")) for d in dialogues]
+    engine = ScriptedEngine(scripts, max_context=2000)
     turns = Session(engine, chat, Adder()).converse([d[:n] for d, n in zip(dialogues, starts, strict=True)])
     for dialogue, start, turn in zip(dialogues, starts, turns, strict=True):
         whole = chat.render(dialogue)

@@ -100,7 +100,7 @@ def test_transformers_reads_it_with_the_same_ids(tmp_path: Path) -> None:
     assert set(SPECIALS) <= set(theirs.all_special_tokens)
 
 
-def test_a_missing_damaged_or_foreign_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_damaged_or_unusable_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)
     TOKENIZER.save(tmp_path)
@@ -110,9 +110,15 @@ def test_a_missing_damaged_or_foreign_tokenizer_is_refused_in_one_sentence(tmp_p
     with pytest.raises(CheckpointError, match="damaged"):
         Tokenizer.load(tmp_path)
     foreign = json.loads(text)
-    foreign["added_tokens"] = foreign["added_tokens"][:2]
+    foreign["added_tokens"] = foreign["added_tokens"][1:2]
     path.write_text(json.dumps(foreign))
-    with pytest.raises(CheckpointError, match="not one of our tokenizers"):
+    for beside in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / beside).unlink()
+    with pytest.raises(CheckpointError, match="no token that begins a document"):
+        Tokenizer.load(tmp_path)
+    foreign["model"] = {"type": "WordPiece", "vocab": {"a": 0}}
+    path.write_text(json.dumps(foreign))
+    with pytest.raises(CheckpointError, match=r"cannot be used|damaged"):
         Tokenizer.load(tmp_path)
 
 

@@ -7,7 +7,6 @@ encoded again, so a turn can be learned from as it is. Knows nothing of training
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -15,7 +14,6 @@ from typing import Literal, Protocol
 from stateofgpt.infer.engine import Event
 from stateofgpt.infer.sampling import SamplingParams, derive_seed
 from stateofgpt.text.chat import ChatFormat, Conversation, Message, ToolCall
-from stateofgpt.text.tokenizer import Tokenizer
 
 ANSWER_TOKENS = 192  # two look-ups, a calculation and a sentence about them take 170
 
@@ -129,7 +127,7 @@ class Session:
         self, engine: TokenSource, chat: ChatFormat, toolbox: Tools | None = None, max_rounds: int = 6
     ) -> None:
         self.engine, self.chat, self.toolbox, self.max_rounds = engine, chat, toolbox, max_rounds
-        self._stops = (chat.tokenizer.im_end, chat.tokenizer.eot)
+        self._stops = chat.stops
 
     def converse(
         self,
@@ -175,7 +173,7 @@ class Session:
         """
         request, turn = self._begin(self.fit(conversation), params)
         try:
-            speech = _Speech(self.chat.tokenizer)
+            speech = self.chat.speech()
             for event in self.engine.events([request]):
                 turn.drew(event)
                 text = speech.hear(event.token)
@@ -190,7 +188,7 @@ class Session:
                         answers.append(self._answer(call))
                         yield ToolReturned(call, answers[-1])
                     if self._go_on(request, turn, answers):
-                        speech = _Speech(self.chat.tokenizer)
+                        speech = self.chat.speech()
             yield Done(turn.close())
         finally:
             self.engine.cancel(request)
@@ -221,7 +219,7 @@ class Session:
         message = self.chat.parse(turn.ids[turn.said :])
         turn.messages.append(message)
         turn.finish = "length" if event.finish == "length" else "stop"
-        if self.toolbox is None or not message.tool_calls or event.token != self.chat.tokenizer.im_end:
+        if self.toolbox is None or not message.tool_calls or event.token != self.chat.end:
             return ()
         if turn.rounds >= self.max_rounds:
             turn.finish = "tool_limit"
@@ -249,22 +247,3 @@ class Session:
         turn.messages += results
         turn.given(new)
         return True
-
-
-class _Speech:
-    """One assistant message as text, id by id: bytes of an unfinished character wait, tool calls are no text."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._calling = False
-
-    def hear(self, token: int) -> str:
-        if token in (self._tokenizer.tool_open, self._tokenizer.tool_close):
-            self._calling = token == self._tokenizer.tool_open
-        if self._calling:
-            return ""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token]))  # special tokens have no bytes
-
-    def end(self) -> str:
-        return self._decoder.decode(b"", final=True)

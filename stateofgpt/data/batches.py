@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from stateofgpt.data.mixture import shares
 from stateofgpt.data.shards import Shards
 from stateofgpt.errors import ConfigError, DataError
-from stateofgpt.text.tokenizer import Tokenizer
 
 Int64 = NDArray[np.int64]
 LONGEST_PERIOD = 1 << 20  # rows; a longer run repeats its assignment of rows to sources, which has 10 bytes a row
@@ -144,15 +143,18 @@ def validation_rows(
     """Held-out rows of a source for bits per byte: (inputs, targets, mask, n_bytes), [rows, context] each.
 
     The stored order is already a seeded one, so the rows are its beginning, up to `max_tokens` targets. The mask is 1
-    on every token of text and 0 on <|endoftext|> and padding; `n_bytes` is the number of bytes under the mask. Bits per
-    byte = sum of -log2 p over the mask / n_bytes. Without held-out text there are no rows and no bytes.
+    on every token of text and 0 on what stands between texts and on padding; `n_bytes` is the number of bytes under
+    the mask. Bits per byte = sum of -log2 p over the mask / n_bytes. Without held-out text there are no rows and no
+    bytes.
     """
+    marks = shards.marks
     stream = shards.tokens(source, "validation")[: max_tokens + 1].astype(np.int64)
     n = max(0, len(stream) - 1)
     rows = -(-n // context)
-    inputs, targets = (np.full(rows * context, Tokenizer.pad, np.int64) for _ in range(2))
+    inputs, targets = (np.full(rows * context, marks.pad, np.int64) for _ in range(2))
     inputs[:n], targets[:n] = stream[:n], stream[1 : n + 1]
-    mask = (targets != Tokenizer.eot) & (targets != Tokenizer.pad)
-    n_bytes = int(shards.token_bytes[targets[mask]].sum())
+    mask = (targets != marks.eot) & (np.arange(len(targets)) < n)
+    firsts = int((mask & (inputs == marks.eot)).sum())  # each may begin with a space that is not in the text
+    n_bytes = int(shards.token_bytes[targets[mask]].sum()) - marks.dummy_space * firsts
     shape = (rows, context)
     return inputs.reshape(shape), targets.reshape(shape), mask.astype(np.float32).reshape(shape), n_bytes

@@ -18,11 +18,13 @@ PATIENCE = 12  # conversations that may fail to fit before a step's rows are cal
 
 @dataclass(frozen=True)
 class Packed:
-    """`ids`, `targets` int64 [rows, context]; `weights` float32, 1 where the target is the assistant's; counts."""
+    """`ids`, `targets` int64 [rows, context]; `weights` float32, 1 where the target is the assistant's; `firsts` int32,
+    the place at which each position's conversation begins; counts."""
 
     ids: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+    firsts: np.ndarray
     conversations: int
     truncated: int
 
@@ -61,10 +63,13 @@ class Packer:
             truncated += too_long
         ids = np.full((self.rows, room), self.pad, dtype=np.int64)
         weights = np.zeros((self.rows, room), dtype=np.float32)
+        firsts = np.zeros((self.rows, room), dtype=np.int32)
         for row, parts in enumerate(lines):
             at = 0
             for part in parts:
                 ids[row, at : at + len(part.ids)] = part.ids
                 weights[row, at : at + len(part.ids)] = part.loss_mask
+                firsts[row, at:] = at
                 at += len(part.ids)
-        return Packed(ids[:, :-1].copy(), ids[:, 1:].copy(), weights[:, 1:].copy(), placed, truncated)
+        firsts = firsts[:, :-1].copy()
+        return Packed(ids[:, :-1].copy(), ids[:, 1:].copy(), weights[:, 1:].copy(), firsts, placed, truncated)

@@ -3,8 +3,8 @@
 Owns: the files of a tokenized corpus, their writing, and the checks that find a damaged one. Knows nothing of text (it
 is given ids) and nothing of the order in which a model reads them. A folder of shards:
 
-    index.json                what there is: counts, sizes and sha256 of every file
-    NAME.train.bin            the ids of all documents, uint16 (uint32 past 65,536), <|endoftext|> before each
+    index.json                what there is: counts, sizes and sha256 of every file, and the special ids in them
+    NAME.train.bin            the ids of all documents, uint16 (uint32 past 65,536), `eot` before each
     NAME.train.offsets.bin    where each document starts, and where the last one ends, int64
     NAME.train.json           the same facts as in the index, written when that part was complete
     token_bytes.bin           how many bytes of text each id stands for, int64 (0 for special tokens)
@@ -44,7 +44,27 @@ class Part:
     offsets_sha256: str
 
 
-def write_part(folder: Path, name: str, split: Split, documents: Iterable[Sequence[int]], token_bytes: Ids) -> Part:
+@dataclass(frozen=True)
+class Marks:
+    """What of the ids is not text: `eot` before every document, `pad` behind the last one of a row, and how many bytes
+    of a document's first token the tokenizer has put there (`dummy_space`, 0 or 1). The defaults are ours."""
+
+    eot: int = 0
+    pad: int = 3
+    dummy_space: int = 0
+
+
+OWN_MARKS = Marks()
+
+
+def write_part(
+    folder: Path,
+    name: str,
+    split: Split,
+    documents: Iterable[Sequence[int]],
+    token_bytes: Ids,
+    marks: Marks = OWN_MARKS,
+) -> Part:
     """Write the ids of a split's documents; the receipt NAME.SPLIT.json comes last, so it vouches for the others."""
     dtype = np.dtype("<u2" if len(token_bytes) <= 1 << 16 else "<u4")
     arrays = [np.asarray(document, dtype=dtype) for document in documents]
@@ -60,7 +80,7 @@ def write_part(folder: Path, name: str, split: Split, documents: Iterable[Sequen
         dtype=dtype.str,
         documents=len(arrays),
         tokens=len(tokens),
-        bytes=int(token_bytes[tokens].sum()),
+        bytes=int(token_bytes[tokens].sum()) - marks.dummy_space * sum(len(array) > 1 for array in arrays),
         sha256=sha256_file(file),
         offsets_sha256=sha256_file(offsets_file),
     )
@@ -82,7 +102,11 @@ def read_part(folder: Path, name: str, split: Split) -> Part | None:
 
 
 def write_index(
-    folder: Path, parts: Mapping[str, Mapping[Split, Part]], tokenizer_sha256: str, token_bytes: Sequence[int]
+    folder: Path,
+    parts: Mapping[str, Mapping[Split, Part]],
+    tokenizer_sha256: str,
+    token_bytes: Sequence[int],
+    marks: Marks = OWN_MARKS,
 ) -> None:
     """Declare the shards complete."""
     write_atomic(folder / "token_bytes.bin", np.asarray(token_bytes, "<i8").tobytes())
@@ -94,6 +118,7 @@ def write_index(
             "tokenizer_sha256": tokenizer_sha256,
             "token_bytes_sha256": sha256_file(folder / "token_bytes.bin"),
             "vocab_size": len(token_bytes),
+            "marks": asdict(marks),
             "sources": sources,
         },
     )
@@ -105,6 +130,7 @@ class Shards:
     def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
         self.folder = folder
         self.tokenizer_sha256: str = index["tokenizer_sha256"]
+        self.marks = from_dict(Marks, index.get("marks", {}))  # folders without them hold our tokens
         self._token_bytes_sha256: str = index["token_bytes_sha256"]
         self._parts: dict[tuple[str, str], Part] = {
             (name, split): from_dict(Part, part)
@@ -146,7 +172,7 @@ class Shards:
         return self._of(source, split)[1]
 
     def lengths(self, source: str, split: Split = "train") -> NDArray[np.int64]:
-        """The number of ids in each document, its <|endoftext|> included."""
+        """The number of ids in each document, its `eot` included."""
         return np.diff(self.offsets(source, split))
 
     def documents(self, source: str, split: Split = "train") -> int:

@@ -29,7 +29,7 @@ from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.heads import RewardModel
 from stateofgpt.model.weights import WEIGHTS, Shards, load, open_shards
 from stateofgpt.run import sha256_file
-from stateofgpt.text.chat import CHAT_TEMPLATE
+from stateofgpt.text.files import TextFiles
 from stateofgpt.text.tokenizer import Tokenizer
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -84,8 +84,8 @@ def save_checkpoint(
     weights = layout.to_file(model.config, own)
     if bad := folder.non_finite(weights):
         raise CheckpointError(f"{path} is not saved: tensor {bad} holds NaN or infinite values")
-    eos = [tokenizer.eot] if stage == "pretrain" else [tokenizer.im_end, tokenizer.eot]
-    ids: dict[str, Any] = {"bos": tokenizer.eot, "eos": eos, "pad": tokenizer.pad}
+    text = TextFiles(tokenizer, base=stage == "pretrain")
+    ids: dict[str, Any] = {"bos": text.bos, "eos": list(text.eos), "pad": tokenizer.pad}
     config = to_huggingface(model.config, kind, **ids)
     ancestors = [read_lineage(p) for p in parents]
     known = {"name": f"{run}:{stage}", "stage": stage, "parents": [_parent(a) for a in ancestors]}
@@ -94,11 +94,7 @@ def save_checkpoint(
     def fill(work: Path) -> None:
         _write_json(work / "config.json", config)
         folder.write_tensors(work / WEIGHTS, weights)
-        if kind == "causal":
-            generation = {"bos_token_id": ids["bos"], "eos_token_id": eos, "pad_token_id": ids["pad"]}
-            _write_json(work / "generation_config.json", {**generation, "do_sample": True})
-        tokenizer.save(work)
-        (work / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        text.write(work, generates=kind == "causal")
         card = _model_card(known, config, model.config, measured, sum(t.numel() for t in weights.values()))
         (work / "README.md").write_text(card, encoding="utf-8")
 

@@ -20,12 +20,22 @@ def names() -> tuple[str, ...]:
 
 
 def load(
-    name: str, *, minutes: float | None, seed: int, corpus: tuple[Path, ...], overrides: Mapping[str, str]
+    name: str,
+    *,
+    minutes: float | None,
+    seed: int,
+    corpus: tuple[Path, ...],
+    overrides: Mapping[str, str],
+    model: Path | None = None,
 ) -> Recipe:
-    """The recipe `name` with the user's minutes, seed, texts and dotted overrides."""
+    """The recipe `name` with the user's minutes, seed, texts and dotted overrides; from a model, where one is given."""
     from stateofgpt.config import apply_overrides
 
     made: Any = import_module(f"stateofgpt.recipes.{name}").recipe(minutes)
+    if model is not None:
+        from stateofgpt.recipes.continued import continued
+
+        made = continued(made, model)
     if corpus:
         made = replace(made, collect=replace(made.collect, corpus=tuple(str(path.resolve()) for path in corpus)))
     chosen: Recipe = apply_overrides(replace(made, seed=seed), overrides)

@@ -22,7 +22,7 @@ from stateofgpt.recipes.recipe import Recipe
 from stateofgpt.recipes.summary import write_summary
 from stateofgpt.report.build import build
 from stateofgpt.run import STAGES, Run, Stage
-from stateofgpt.stages import arena, collect, evaluate, reward, rl, sft, sizes, tokenize
+from stateofgpt.stages import arena, collect, evaluate, parent, reward, rl, sft, sizes, tokenize
 
 RUNNERS: dict[str, Callable[[Any, Run], dict[str, Any]]] = {
     "collect": collect.run,
@@ -84,9 +84,12 @@ def _is_told(run: Run) -> bool:
 
 
 def _check_own_files(recipe: Recipe, run: Run) -> None:
-    """Read the user's demonstrations and rankings now: a mistake in them must not show after minutes of training."""
+    """Read the user's demonstrations, rankings and model now: a mistake in them must not show after minutes of
+    training."""
     done = {stage.name for stage in run.stages() if stage.done}
     done |= set(STAGES) - set(recipe.order())
+    if "pretrain" not in done and recipe.pretrain.parent is not None:
+        parent.check(Path(recipe.pretrain.parent))
     if "sft" not in done:
         for file in recipe.sft.files:
             read_demonstrations(Path(file))

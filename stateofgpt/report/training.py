@@ -223,7 +223,7 @@ def _coloured(record: Record) -> tuple[Markup, Markup, int]:
     for token in ids:
         group.append(token)
         try:
-            shown = record.tokenizer.decode_bytes(group).decode("utf-8")
+            shown = record.tokenizer.decode_bytes(group, inner=bool(spans)).decode("utf-8")
         except UnicodeDecodeError:
             continue
         colour, told = len(spans) % 5, " ".join(map(str, group))

@@ -50,7 +50,7 @@ class RankedBatch:
 def conversation_ids(chat: ChatFormat, prompt: Conversation, completion: Conversation, context: int) -> list[int]:
     """What a reward model reads: the rendered whole, its oldest tokens dropped where it is longer than the context."""
     ids = chat.render((*prompt, *completion)).ids
-    while ids and ids[-1] != chat.tokenizer.im_end:  # the model is read at the end of the last turn
+    while ids and ids[-1] != chat.end:  # the model is read at the end of the last turn
         ids.pop()
     return ids[-context:]
 

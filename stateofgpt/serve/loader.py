@@ -6,6 +6,7 @@ for the model, and the names of the stages it went through. Knows nothing of HTT
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ def load_assistant(model_dir: Path, *, max_batch: int = 8) -> LoadedAssistant:
     lineage = read_lineage(model_dir)
     engine = Engine(load_model(model_dir).eval(), max_batch=max_batch)
     chat = ChatFormat(Tokenizer.load(model_dir))
+    for note in chat.notes:
+        print(f"note: {note}", file=sys.stderr)
     return LoadedAssistant(EngineLoop(engine), chat, lineage.name, stages_of(model_dir, lineage))
 
 

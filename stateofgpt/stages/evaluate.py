@@ -211,7 +211,7 @@ class _Evaluation:
                 stop_ids=(self.tokenizer.eot,),
             )
             for prompt, made in zip(prompts, engine.complete(prompts, params), strict=True):
-                names += read_names(self.tokenizer.decode(made.ids))
+                names += read_names(self.tokenizer.decode(made.ids, inner=True))
                 rows.append(([*prompt, *made.ids], len(prompt)))
             if len(names) >= N_NAMES:
                 break
@@ -235,7 +235,7 @@ def complete_plainly(
     ids = [[tokenizer.eot, *tokenizer.encode(text)[-(room - 1) :]] for text in prompts]
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_ids=(tokenizer.eot,))
     made = Engine(model, max_batch=96).complete(ids, params)
-    return [read_completion(tokenizer.decode(completion.ids)) for completion in made]
+    return [read_completion(tokenizer.decode(completion.ids, inner=True)) for completion in made]
 
 
 @torch.no_grad()

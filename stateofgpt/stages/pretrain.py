@@ -1,4 +1,4 @@
-"""Pretraining: next-token prediction on the mixture, from random weights to a base model.
+"""Pretraining: next-token prediction on the mixture, from random weights (or another model's) to a base model.
 
 Owns what is particular to the stage: the dial's decision, learning rates, held-out bits per byte, live samples. The
 loop, the optimizer and the order of data live elsewhere.
@@ -22,8 +22,10 @@ from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import save_checkpoint
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.run import Run, Stage
+from stateofgpt.stages.parent import begin_from
 from stateofgpt.text.tokenizer import Tokenizer
-from stateofgpt.train.dial import can_fuse, choose, shape, timed_steps
+from stateofgpt.train import fused
+from stateofgpt.train.dial import COMPILE_SECONDS, can_compile, can_fuse, choose, fastest_dtype, shape, timed_steps
 from stateofgpt.train.law_file import LADDER, choose_law
 from stateofgpt.train.loop import LoopConfig, Trainer, fit
 from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
@@ -42,7 +44,10 @@ PROMPTS = (  # one for each kind of text in the default mixture
 
 @dataclass(frozen=True)
 class Config:
-    """Give `seconds`, or `steps` with a `width` and `layers`; what is left open the dial decides."""
+    """Give `seconds`, or `steps` with a `width` and `layers`; what is left open the dial decides.
+
+    With `parent`, the folder of a model, its weights are trained on: the shape is its own, and `context` is how much of
+    its context a row uses."""
 
     seconds: float | None = None
     steps: int | None = None
@@ -64,12 +69,17 @@ class Config:
     law: Path | None = None  # a ladder's; None: the one in the folder `ladder` beside the run, else Epoch's constants
     prompts: tuple[str, ...] | None = None  # to sample from; None: those for the default mixture
     sizes: int | None = None  # models in all: with 3 the two next smaller ones beside it (`stages.sizes`)
+    parent: str | None = None
 
     def __post_init__(self) -> None:
         if (self.seconds is None) == (self.steps is None):
             raise ConfigError("pretrain needs either seconds or steps, and not both")
         if self.sizes is not None and self.sizes < 1:
             raise ConfigError(f"sizes is {self.sizes}; it must be 1 or more")
+        if self.parent is not None and (self.width, self.layers, self.sizes) != (None, None, None):
+            raise ConfigError(
+                "a run that begins from a model has that model's shape; leave out width, layers and sizes"
+            )
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -94,6 +104,8 @@ def plan(config: Config, run: Run) -> dict[str, Any]:
 class _Pretraining:
     def __init__(self, config: Config, run: Run, stage: Stage) -> None:
         self.config, self.run, self.stage = config, run, stage
+        self.parent = None if config.parent is None else Path(config.parent)
+        self.context = config.context
         folder = run.stage("tokenize").dir
         self.tokenizer = Tokenizer.load(folder)
         self.shards = Shards.open(folder)
@@ -101,11 +113,16 @@ class _Pretraining:
         self.begins = self.tokenizer.eot if config.apart else None
 
     def work(self) -> dict[str, Any]:
-        plan = self.stage.decide("plan", self._plan)
-        model = GPT(from_dict(GPTConfig, plan["model"]))
-        model.init_weights(torch.Generator().manual_seed(self.run.seed))
+        if self.parent is None:
+            plan = self.stage.decide("plan", self._plan)
+            model = GPT(from_dict(GPTConfig, plan["model"]))
+            model.init_weights(torch.Generator().manual_seed(self.run.seed))
+        else:
+            model = begin_from(self.parent, self.stage)
+            plan = self.stage.decide("plan", lambda: self._plan_for(model))
         loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"])
-        rows, context = self.config.rows, self.config.context
+        rows, context = self.config.rows, plan.get("context", self.config.context)
+        self.context = context
         steps = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss)})["steps"]
         batches = PretrainBatches(self.shards, self.weights, rows, context, self.run.seed, steps * rows)
         trainer = Trainer(model, self.config.loop, loss.kernels)
@@ -149,14 +166,34 @@ class _Pretraining:
             "law": told,
         }
 
+    def _plan_for(self, model: GPT) -> dict[str, Any]:
+        """The same for a model that is there: precision and compilation, and how much of its context a row uses."""
+        c, shape_of = self.config, model.config
+        context = min(c.context, shape_of.max_position_embeddings)
+        fits = fused.fits(model, torch.zeros(c.rows, context, dtype=torch.int64))
+        dtype: Dtype = "float32" if c.dtype == "auto" else c.dtype
+        if c.dtype == "auto" and c.seconds is not None:
+            dtype = fastest_dtype(shape_of.vocab_size, context, fused=fits and can_fuse())
+        compiled = c.compiled
+        if compiled is None:
+            compiled = c.seconds is not None and not fits and can_compile() and c.seconds > 3 * COMPILE_SECONDS
+        return {
+            "model": asdict(shape_of),
+            "dtype": dtype,
+            "compiled": compiled,
+            "fused": (can_fuse() and not compiled) if c.fused is None else c.fused,
+            "rates": {},
+            "context": context,
+        }
+
     def _steps(self, model: GPT, loss: LanguageModelLoss) -> int:
         """Steps that fit what is left of the budget, from the measured time of a whole step on this machine."""
         c = self.config
         if c.steps is not None:
             return c.steps
         assert c.seconds is not None
-        ids = torch.zeros(c.rows, c.context, dtype=torch.int64)
-        batch = Batch(ids, ids, torch.ones(c.rows, c.context))
+        ids = torch.zeros(c.rows, self.context, dtype=torch.int64)
+        batch = Batch(ids, ids, torch.ones(c.rows, self.context))
         forward_backward = timed_steps(lambda: loss(model, batch), model, 9)
         copy = GPT(model.config)
         trainer = Trainer(copy, c.loop, loss.kernels)
@@ -180,7 +217,7 @@ class _Pretraining:
         result = {
             "n_params": model.n_params(),
             "steps": steps,
-            "tokens": steps * self.config.rows * self.config.context,
+            "tokens": steps * self.config.rows * self.context,
             "tokens_per_second": sorted(x["tokens_per_second"] for x in with_loss)[len(with_loss) // 2],
             "val_bpb_start": bpb[0]["val_bpb"],
             "val_bpb": bpb[-1]["val_bpb"],
@@ -196,6 +233,7 @@ class _Pretraining:
             tokenizer=self.tokenizer,
             stage="pretrain",
             run=self.run.root.name if self.stage.name == "pretrain" else f"{self.run.root.name}/{self.stage.name}",
+            parents=[] if self.parent is None else [self.parent],
             metrics={"val_bpb": result["val_bpb"], "tokens": result["tokens"]},
         )
         TrainState(self.stage.resume_dir).clear()
@@ -214,7 +252,7 @@ class _Watch:
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         config, stage = self.work.config, self.work.stage
-        per_step = config.rows * config.context
+        per_step = config.rows * self.work.context
         if step > 0:
             seconds = time.perf_counter() - self.since
             stage.log(step, **metrics, tokens=step * per_step, tokens_per_second=per_step / seconds)
@@ -230,7 +268,7 @@ class _Watch:
         """Held-out bits per byte per source, and their mean by mixture weight."""
         work, loss, out = self.work, LanguageModelLoss("float32"), {}
         for name in work.shards.sources:
-            ids, targets, mask, n_bytes = validation_rows(work.shards, name, work.config.context, max_tokens)
+            ids, targets, mask, n_bytes = validation_rows(work.shards, name, work.context, max_tokens)
             if n_bytes == 0:
                 continue
             nats = sum(
@@ -252,4 +290,4 @@ class _Watch:
             max_tokens=work.config.sample_tokens, temperature=0.8, seed=work.run.seed, stop_ids=(work.tokenizer.eot,)
         )
         for text, completion in zip(texts, engine.complete(prompts, params), strict=True):
-            work.stage.sample(step, tokens=tokens, prompt=text, text=work.tokenizer.decode(completion.ids))
+            work.stage.sample(step, tokens=tokens, prompt=text, text=work.tokenizer.decode(completion.ids, inner=True))

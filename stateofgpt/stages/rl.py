@@ -111,7 +111,7 @@ class PolicyTraining:
             ValueModel(load_reward(reward)),
             config.ppo,
             pad_id=self.tokenizer.pad,
-            end_id=self.tokenizer.im_end,
+            end_id=self.chat.end,
             reward_mean=mean,
             reward_std=std,
             way=way,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ class _Finetuning:
     def work(self) -> dict[str, Any]:
         plan = self.run.stage("pretrain").decide("plan", dict)
         model = load_model(self.base)
-        context = model.config.max_position_embeddings
+        context = plan.get("context", model.config.max_position_embeddings)
         packer = self._packer(self.draws, self.config.rows, context)
         held_out = self._packer(self.draws.held_out, self.config.validation_rows, context).step(0)
         loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"])
@@ -148,8 +148,8 @@ class _Finetuning:
         return self._finish(model, steps)
 
     def _batch(self, packed: Packed) -> Batch:
-        begins = self.tokenizer.eot if self.config.apart else None
-        return Batch.of(packed.ids, packed.targets, packed.weights, begins=begins)
+        batch = Batch.of(packed.ids, packed.targets, packed.weights)
+        return replace(batch, firsts=torch.from_numpy(packed.firsts)) if self.config.apart else batch
 
     def _packer(self, draw: Any, rows: int, context: int) -> Packer:
         return Packer(self.chat, draw, rows=rows, context=context, pad=self.tokenizer.pad)

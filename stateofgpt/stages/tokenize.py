@@ -1,4 +1,5 @@
-"""Tokenize: train the tokenizer on the mixture, and turn every document into ids.
+"""Tokenize: train the tokenizer on the mixture (or take that of the model the run begins from), and turn every document
+into ids.
 
 Owns: the sample the tokenizer learns from, and the stage's folder, which is at once a tokenizer (`Tokenizer.load`) and
 its shards (`Shards.open`). Knows nothing of models. Each part is written with its receipt last: a killed stage makes
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stateofgpt.data.mixture import as_json, plan, table
-from stateofgpt.data.shards import SPLITS, Ids, Part, Split, read_part, write_index, write_part
+from stateofgpt.data.shards import SPLITS, Ids, Marks, Part, Split, read_part, write_index, write_part
 from stateofgpt.errors import CheckpointError, ConfigError, RunError
 from stateofgpt.run import Run
 from stateofgpt.stages.collect import documents_of
@@ -25,11 +26,14 @@ _BATCH = 1024  # documents encoded at once
 
 @dataclass(frozen=True)
 class Config:
-    """The tokenizer's size, how many digits share a token (1 to 3), how many bytes of the mixture it learns from."""
+    """The tokenizer's size, how many digits share a token (1 to 3), how many bytes of the mixture it learns from.
+
+    With `parent`, the folder of a model, its tokenizer is taken as it is and the others do not matter."""
 
     vocab_size: int = 4096
     digits_per_token: int = 1
     train_bytes: int = 6_000_000
+    parent: str | None = None
 
     def __post_init__(self) -> None:
         if self.vocab_size < SMALLEST_VOCABULARY:
@@ -49,12 +53,13 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     sources: list[dict[str, Any]] = collected["sources"]
     with stage.timed():
         tokenizer = _tokenizer(config, run, sources)
-        token_bytes = np.array([len(tokenizer.decode_bytes([number])) for number in range(tokenizer.vocab_size)])
+        lengths = [len(tokenizer.decode_bytes([number], inner=True)) for number in range(tokenizer.vocab_size)]
+        token_bytes = np.array(lengths)
         parts = {
             source["name"]: {split: _part(run, source["name"], split, tokenizer, token_bytes) for split in SPLITS}
             for source in sources
         }
-        write_index(stage.dir, parts, tokenizer.sha256, token_bytes.tolist())
+        write_index(stage.dir, parts, tokenizer.sha256, lengths, _marks(tokenizer))
         result = _result(tokenizer, parts, sources)
         stage.finish(result)
     return result
@@ -78,9 +83,11 @@ def _tokenizer(config: Config, run: Run, sources: Sequence[dict[str, Any]]) -> T
     try:
         return Tokenizer.load(folder)
     except CheckpointError:
-        tokenizer = Tokenizer.train(
-            sample(run, sources, config.train_bytes), config.vocab_size, config.digits_per_token
-        )
+        if config.parent is not None:
+            tokenizer = Tokenizer.load(config.parent)
+        else:
+            texts = sample(run, sources, config.train_bytes)
+            tokenizer = Tokenizer.train(texts, config.vocab_size, config.digits_per_token)
         tokenizer.save(folder)
         return tokenizer
 
@@ -88,8 +95,12 @@ def _tokenizer(config: Config, run: Run, sources: Sequence[dict[str, Any]]) -> T
 def _part(run: Run, name: str, split: Split, tokenizer: Tokenizer, token_bytes: Ids) -> Part:
     folder = run.stage("tokenize").dir
     return read_part(folder, name, split) or write_part(
-        folder, name, split, _encoded(tokenizer, documents_of(run, name, split)), token_bytes
+        folder, name, split, _encoded(tokenizer, documents_of(run, name, split)), token_bytes, _marks(tokenizer)
     )
+
+
+def _marks(tokenizer: Tokenizer) -> Marks:
+    return Marks(tokenizer.eot, tokenizer.pad, tokenizer.dummy_space)
 
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:

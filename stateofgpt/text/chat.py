@@ -1,8 +1,9 @@
 """Conversations as tokens, and back: the only owner of the chat template.
 
-Owns: what a message is, the order of special tokens around it, which tokens an assistant is taught (the loss mask), the
-same template in Jinja for `transformers`, and the reading of a sampled turn. Knows nothing of models, tools or data
-files. One conversation as text, special tokens shown by name:
+Owns: the order of special tokens around a message, which tokens an assistant is taught (the loss mask), the same
+template in Jinja for `transformers`, and the reading of a sampled turn. What a model made elsewhere has in place of it
+is `text.template`'s. Knows nothing of models, tools or data files. One conversation as text, special tokens shown by
+name:
 
     <|endoftext|><|im_start|>user
     What is 4729 + 386?<|im_end|>
@@ -13,24 +14,46 @@ files. One conversation as text, special tokens shown by name:
     <|im_start|>assistant
     5115<|im_end|>
 
-Only this file writes special ids, and it takes them from no text: a user, a tool or a document that says "<|im_end|>"
-has said ten characters. Every piece (a header, a content, a call) is encoded alone, so a conversation's ids never
-change when it grows: what was sampled stays a prefix of what is rendered later, and the engine's cache stays valid.
+Only this file and `text.template` write special ids, and they take them from no text: a user, a tool or a document that
+says "<|im_end|>" has said ten characters. Every piece (a header, a content, a call) is encoded alone, so a
+conversation's ids never change when it grows: what was sampled stays a prefix of what is rendered later, and the
+engine's cache stays valid.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
-from stateofgpt.errors import DataError
+from stateofgpt.text.messages import (
+    INVALID,
+    ROLES,
+    Conversation,
+    Message,
+    Rendered,
+    Role,
+    ToolCall,
+    call_to_text,
+    message_from_json,
+    message_to_json,
+)
+from stateofgpt.text.template import TemplateLayout
 from stateofgpt.text.tokenizer import Tokenizer
+from stateofgpt.text.turns import Speech, TurnReader
 
-Role = Literal["system", "user", "assistant", "tool"]
-ROLES: tuple[str, ...] = get_args(Role)
-INVALID = "invalid"  # the name of a call whose JSON could not be read; arguments {"text": what was written}
+__all__ = [
+    "CHAT_TEMPLATE",
+    "INVALID",
+    "ROLES",
+    "ChatFormat",
+    "Conversation",
+    "Message",
+    "Rendered",
+    "Role",
+    "ToolCall",
+    "message_from_json",
+    "message_to_json",
+]
 
 CHAT_TEMPLATE = """\
 {{- '<|endoftext|>' -}}
@@ -55,52 +78,78 @@ CHAT_TEMPLATE = """\
 """
 
 
-@dataclass(frozen=True)
-class ToolCall:
-    """A tool's name and what it is given."""
+class Layout(Protocol):
+    """How one model's conversations are laid out."""
 
-    name: str
-    arguments: Mapping[str, Any]
+    template: str
+    end: int
+    reader: TurnReader
+    notes: tuple[str, ...]
 
-
-@dataclass(frozen=True)
-class Message:
-    """One turn. Only an assistant's messages have tool calls; they follow its content."""
-
-    role: Role
-    content: str
-    tool_calls: tuple[ToolCall, ...] = ()
-
-
-Conversation = tuple[Message, ...]
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation's ids, and 1 where an assistant is to learn the id, 0 elsewhere; both of one length."""
-
-    ids: list[int]
-    loss_mask: list[int]
+    def render(self, conversation: Sequence[Message], *, add_generation_prompt: bool) -> Rendered: ...
+    def continuation(self, messages: Sequence[Message]) -> list[int]: ...
 
 
 class ChatFormat:
-    """The chat template over one tokenizer."""
+    """The chat format of one tokenizer: ours, or the template that came with it.
 
-    template = CHAT_TEMPLATE
+    `end` is the id that closes an assistant's turn, and sampling stops at any of `stops`. `notes` say where a foreign
+    template differs from what one would expect, a sentence each.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        """CheckpointError when the tokenizer's template cannot be used."""
         self.tokenizer = tokenizer
-        self._newline = tokenizer.encode("\n")
-        self._headers = {role: [tokenizer.im_start, *tokenizer.encode(f"{role}\n")] for role in ROLES}
+        self._layout: Layout = _OwnLayout(tokenizer) if tokenizer.own else TemplateLayout(tokenizer)
+        self.template, self.end = self._layout.template, self._layout.end
+        self.stops: tuple[int, ...] = tuple(dict.fromkeys((self.end, *tokenizer.stops)))
+        self.notes: tuple[str, ...] = (*tokenizer.notes, *self._layout.notes)
 
     def render(self, conversation: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
-        """The conversation as ids. The mask is 1 on an assistant's content, its tool calls and its closing <|im_end|>.
+        """The conversation as ids. The mask is 1 on an assistant's content, its tool calls and what closes its turn.
 
-        With `add_generation_prompt` the ids end where an assistant's next turn begins.
+        With `add_generation_prompt` the ids end where an assistant's next turn begins. DataError when a foreign
+        template does not take the conversation.
         """
+        return self._layout.render(conversation, add_generation_prompt=add_generation_prompt)
+
+    def continuation(self, messages: Sequence[Message]) -> list[int]:
+        """The ids that follow an assistant's closed turn, up to where its next one begins.
+
+        For a turn of sampled ids that end with `end`: prompt + turn + continuation(new messages) is what `render`
+        would give for all of it, without encoding the past again.
+        """
+        return self._layout.continuation(messages)
+
+    def parse(self, ids: Iterable[int]) -> Message:
+        """The message in the ids an assistant sampled, with or without what closes it; whatever follows that is not
+        read. A call that is not JSON of the right shape becomes one named `INVALID` with its text."""
+        return self._layout.reader.parse(ids)
+
+    def speech(self) -> Speech:
+        """A listener that turns the ids of one sampled message into text to show, one by one."""
+        return self._layout.reader.speech()
+
+
+class _OwnLayout:
+    """`CHAT_TEMPLATE`, without Jinja."""
+
+    template = CHAT_TEMPLATE
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        start, opening, closing = tokenizer.im_start, tokenizer.tool_open, tokenizer.tool_close
+        assert start is not None and opening is not None and closing is not None  # as in every tokenizer of ours
+        self.tokenizer, self.end = tokenizer, tokenizer.im_end
+        self._tool_open, self._tool_close = opening, closing
+        self._newline = tokenizer.encode("\n")
+        self._headers = {role: [start, *tokenizer.encode(f"{role}\n")] for role in ROLES}
+        self.reader = TurnReader(tokenizer, (self.end,))
+
+    def render(self, conversation: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
         ids, mask = [self.tokenizer.eot], [0]
         for message in conversation:
-            header, body = self._headers[message.role], [*self._body(message), self.tokenizer.im_end]
+            header, body = self._headers[message.role], [*self._body(message), self.end]
             ids += [*header, *body, *self._newline]
             learned = int(message.role == "assistant")
             mask += [0] * len(header) + [learned] * len(body) + [0] * len(self._newline)
@@ -110,124 +159,13 @@ class ChatFormat:
         return Rendered(ids, mask)
 
     def continuation(self, messages: Sequence[Message]) -> list[int]:
-        """The ids that follow an assistant's closed turn, up to where its next one begins.
-
-        For a turn of sampled ids that end with <|im_end|>: prompt + turn + continuation(new messages) is what `render`
-        would give for all of it, without encoding the past again.
-        """
         ids = list(self._newline)
         for message in messages:
-            ids += [*self._headers[message.role], *self._body(message), self.tokenizer.im_end, *self._newline]
+            ids += [*self._headers[message.role], *self._body(message), self.end, *self._newline]
         return ids + self._headers["assistant"]
-
-    def parse(self, ids: Iterable[int]) -> Message:
-        """The message in the ids an assistant sampled, with or without the closing <|im_end|>; whatever follows it is
-        not read. A call that is not JSON of the right shape becomes one named `INVALID` with its text."""
-        tokenizer = self.tokenizer
-        content: list[int] = []
-        calls: list[ToolCall] = []
-        call: list[int] | None = None  # the ids of the call we are inside of
-        for number in ids:
-            if number == tokenizer.im_end:
-                break
-            if number in (tokenizer.tool_open, tokenizer.tool_close):
-                if call is not None:
-                    calls.append(_read_call(tokenizer.decode(call)))
-                call = [] if number == tokenizer.tool_open else None
-            elif call is None:
-                content.append(number)
-            else:
-                call.append(number)
-        if call is not None:  # cut short: still a call, and never one that can be run by accident
-            calls.append(ToolCall(INVALID, {"text": tokenizer.decode(call)}))
-        return Message("assistant", tokenizer.decode(content), tuple(calls))
 
     def _body(self, message: Message) -> list[int]:
         ids = self.tokenizer.encode(message.content) if message.content else []
         for call in message.tool_calls if message.role == "assistant" else ():
-            text = json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
-            ids += [self.tokenizer.tool_open, *self.tokenizer.encode(text), self.tokenizer.tool_close]
+            ids += [self._tool_open, *self.tokenizer.encode(call_to_text(call)), self._tool_close]
         return ids
-
-
-def _read_call(text: str) -> ToolCall:
-    try:
-        data = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        data = None
-    if isinstance(data, dict) and data.keys() == {"name", "arguments"}:
-        name, arguments = data["name"], data["arguments"]
-        if isinstance(name, str) and isinstance(arguments, dict):
-            return ToolCall(name, arguments)
-    return ToolCall(INVALID, {"text": text})
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-# ----------------------------------------------------------------------------------- messages as OpenAI's API has them
-
-
-def message_to_json(message: Message) -> dict[str, Any]:
-    """The message as OpenAI's chat completions write it: a call's arguments are a string of JSON."""
-    data: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        data["tool_calls"] = [
-            {
-                "id": f"call_{number}",
-                "type": "function",
-                "function": {"name": call.name, "arguments": json.dumps(dict(call.arguments), ensure_ascii=False)},
-            }
-            for number, call in enumerate(message.tool_calls)
-        ]
-    return data
-
-
-def message_from_json(data: object) -> Message:
-    """The message in OpenAI's JSON; a content may be text, null or a list of text parts, and the role `developer` is
-    `system`. Raises DataError with what is wrong; the caller knows where."""
-    if not isinstance(data, Mapping):
-        raise DataError(f"a message must be a JSON object with role and content, not {_short(data)}")
-    role = "system" if data.get("role") == "developer" else data.get("role")
-    if role not in ROLES:
-        raise DataError(f"a message's role is {_short(data.get('role'))}; it must be one of {', '.join(ROLES)}")
-    items = data.get("tool_calls") or []
-    if items and role != "assistant":
-        raise DataError(f"a message of role {role} has tool_calls; only an assistant's may")
-    if not isinstance(items, list):
-        raise DataError(f"a message's tool_calls is {_short(items)}; it must be a list")
-    if not items and "content" not in data:
-        raise DataError("a message has no content")
-    return Message(cast(Role, role), _content(data.get("content")), tuple(_call_from_json(item) for item in items))
-
-
-def _content(content: object) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    parts: list[object] = [None]
-    if isinstance(content, (list, tuple)):
-        parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-    if not all(isinstance(part, str) for part in parts):
-        raise DataError(f"a message's content is {_short(content)}; it must be text, or a list of text parts")
-    return "".join(str(part) for part in parts)
-
-
-def _call_from_json(item: object) -> ToolCall:
-    function = item.get("function", item) if isinstance(item, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(f"a tool call is {_short(item)}; it must have a function with name and arguments")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"the arguments of tool call {_short(function['name'])} are not JSON") from error
-    if not isinstance(arguments, Mapping):
-        raise DataError(f"the arguments of tool call {_short(function['name'])} must be a JSON object")
-    return ToolCall(function["name"], dict(arguments))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,52 @@
+"""The model that a run begins from, where it does not begin from random weights.
+
+Owns: what such a model must have, its identity in the run (another one in the same place is refused), and which of its
+parameters are trained. Knows nothing of what a stage teaches it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stateofgpt.errors import CheckpointError, RunError
+from stateofgpt.model.checkpoint import load_model, read_lineage
+from stateofgpt.model.gpt import GPT
+from stateofgpt.run import Stage
+from stateofgpt.text.chat import ChatFormat
+from stateofgpt.text.tokenizer import Tokenizer
+
+
+def check(folder: Path) -> None:
+    """Raise CheckpointError when no run can begin from the model in `folder`, before any time is spent."""
+    tokenizer = Tokenizer.load(folder)
+    ChatFormat(tokenizer)
+    _fits(folder, load_model(folder), tokenizer)
+
+
+def begin_from(folder: Path, stage: Stage) -> GPT:
+    """The model in `folder`, ready to be trained on. RunError when it is not the one this stage began with."""
+    lineage = read_lineage(folder)
+    here = {"id": lineage.id, "name": lineage.name}
+    known = stage.decide("parent", lambda: here)
+    if known["id"] != here["id"]:
+        raise RunError(
+            f"{folder} holds another model than the one this run began from ({known['name']}, {known['id']}); put that "
+            "one back, or choose another --out"
+        )
+    model = load_model(folder)
+    _fits(folder, model, Tokenizer.load(stage.dir.with_name("tokenize")))
+    return trained(model)
+
+
+def trained(model: GPT) -> GPT:
+    """`model` with the parameters marked that training may change: all of them. What trains a few (adapters beside
+    frozen weights) has its place here."""
+    return model.requires_grad_(True)
+
+
+def _fits(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size:,} tokens and the model knows "
+            f"{model.config.vocab_size:,}; give a folder whose files belong together"
+        )
