@@ -16,6 +16,7 @@ from stateofgpt.config import to_dict
 from stateofgpt.errors import CheckpointError, ConfigError, RunError
 from stateofgpt.infer.engine import Engine
 from stateofgpt.model.checkpoint import load_model, read_lineage, save_checkpoint, verify
+from stateofgpt.model.folder import read_header
 from stateofgpt.recipes import load
 from stateofgpt.run import STAGES, Run
 from stateofgpt.stages import parent
@@ -259,3 +260,34 @@ def test_runs_made_before_there_were_parents_go_on(tmp_path: Path) -> None:
     changed["pretrain"]["parent"] = "x"
     with pytest.raises(RunError, match="another configuration"):
         Run.open(tmp_path / "r", "debug", changed, 0)
+
+
+@pytest.mark.slow
+def test_with_adapters_only_matrices_of_blocks_change_and_a_killed_run_ends_the_same(
+    tmp_path: Path, corpus: Path
+) -> None:
+    model = smol(tmp_path / "theirs")
+
+    def asked(run: Path) -> list[object]:
+        return [
+            *command(run, model, corpus),
+            "--stages",
+            "collect,tokenize,pretrain,sft",
+            "--pretrain.lora=4",
+            "--sft.lora=4",
+        ]
+
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    assert sog(*asked(whole)).returncode == 0
+    killed = sog(*asked(torn), SOG_CRASH_AT="save:renamed@pretrain/resume/step_4")
+    assert killed.returncode == 137
+    state = read_header(torn / "pretrain" / "resume" / "step_4" / "tensors.safetensors")
+    assert state and all("lora_" in name or name.startswith("optimizer.") for name in state)
+    assert sog(*asked(torn)).returncode == 0
+    before = load_model(model).state_dict()
+    for stage in ("pretrain", "sft"):
+        assert weights(whole, stage) == weights(torn, stage)
+        after = load_model(whole / stage / "checkpoint").state_dict()
+        changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+        assert changed == {name for name in before if "_proj." in name}
+        before = after

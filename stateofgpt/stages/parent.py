@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from stateofgpt.errors import CheckpointError, RunError
 from stateofgpt.model.checkpoint import load_model, read_lineage
 from stateofgpt.model.gpt import GPT
+from stateofgpt.model.lora import LoraConfig, add_lora
 from stateofgpt.run import Stage
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.text.tokenizer import Tokenizer
@@ -23,8 +27,9 @@ def check(folder: Path) -> None:
     _fits(folder, load_model(folder), tokenizer)
 
 
-def begin_from(folder: Path, stage: Stage) -> GPT:
-    """The model in `folder`, ready to be trained on. RunError when it is not the one this stage began with."""
+def begin_from(folder: Path, stage: Stage, rank: int | None, seed: int) -> GPT:
+    """The model in `folder`, ready to be trained on (see `trained`). RunError when it is not the one this stage began
+    with."""
     lineage = read_lineage(folder)
     here = {"id": lineage.id, "name": lineage.name}
     known = stage.decide("parent", lambda: here)
@@ -35,13 +40,24 @@ def begin_from(folder: Path, stage: Stage) -> GPT:
         )
     model = load_model(folder)
     _fits(folder, model, Tokenizer.load(stage.dir.with_name("tokenize")))
-    return trained(model)
+    return trained(model, rank, seed)
 
 
-def trained(model: GPT) -> GPT:
-    """`model` with the parameters marked that training may change: all of them. What trains a few (adapters beside
-    frozen weights) has its place here."""
-    return model.requires_grad_(True)
+def trained(model: GPT, rank: int | None, seed: int) -> GPT:
+    """`model` with the parameters marked that training may change: all of them, or with a `rank` those of adapters that
+    are put beside every frozen matrix, drawn from `seed`."""
+    if rank is None:
+        return model.requires_grad_(True)
+    add_lora(model, adapters_of(model, rank), torch.Generator().manual_seed(seed))
+    return model
+
+
+def adapters_of(model: GPT, rank: int) -> LoraConfig:
+    """Adapters of one rank beside all matrices of the blocks, with the usual strength of twice the rank."""
+    found = {
+        name.rpartition(".")[2] for name, layer in model.model.layers.named_modules() if isinstance(layer, nn.Linear)
+    }
+    return LoraConfig(r=rank, alpha=2.0 * rank, target_modules=tuple(sorted(found)))
 
 
 def _fits(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:

@@ -21,6 +21,7 @@ from stateofgpt.eval.likelihood import bits_per_byte
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import save_checkpoint
 from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.model.lora import is_factor
 from stateofgpt.run import Run, Stage
 from stateofgpt.stages.parent import begin_from
 from stateofgpt.text.tokenizer import Tokenizer
@@ -70,6 +71,7 @@ class Config:
     prompts: tuple[str, ...] | None = None  # to sample from; None: those for the default mixture
     sizes: int | None = None  # models in all: with 3 the two next smaller ones beside it (`stages.sizes`)
     parent: str | None = None
+    lora: int | None = None  # the rank of adapters that are trained in place of all weights
 
     def __post_init__(self) -> None:
         if (self.seconds is None) == (self.steps is None):
@@ -80,6 +82,8 @@ class Config:
             raise ConfigError(
                 "a run that begins from a model has that model's shape; leave out width, layers and sizes"
             )
+        if self.lora is not None and (self.parent is None or self.lora < 1):
+            raise ConfigError(f"lora is {self.lora}; it is a rank of at least 1, for a run that begins from a model")
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -118,7 +122,7 @@ class _Pretraining:
             model = GPT(from_dict(GPTConfig, plan["model"]))
             model.init_weights(torch.Generator().manual_seed(self.run.seed))
         else:
-            model = begin_from(self.parent, self.stage)
+            model = begin_from(self.parent, self.stage, self.config.lora, self.run.seed)
             plan = self.stage.decide("plan", lambda: self._plan_for(model))
         loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"])
         rows, context = self.config.rows, plan.get("context", self.config.context)
@@ -215,7 +219,7 @@ class _Pretraining:
         with_loss = [line for line in lines if "tokens_per_second" in line]
         bpb = [line for line in lines if "val_bpb" in line]
         result = {
-            "n_params": model.n_params(),
+            "n_params": sum(p.numel() for name, p in model.named_parameters() if not is_factor(name)),
             "steps": steps,
             "tokens": steps * self.config.rows * self.context,
             "tokens_per_second": sorted(x["tokens_per_second"] for x in with_loss)[len(with_loss) // 2],

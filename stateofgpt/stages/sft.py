@@ -28,6 +28,7 @@ from stateofgpt.errors import ConfigError, DataError
 from stateofgpt.model.checkpoint import load_model, save_checkpoint
 from stateofgpt.model.gpt import GPT
 from stateofgpt.run import Run, Stage
+from stateofgpt.stages.parent import trained
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.loop import LoopConfig, Trainer, fit
@@ -44,6 +45,7 @@ class Config:
     seconds: float | None = None
     steps: int | None = None
     rows: int = 8
+    lora: int | None = None  # the rank of adapters that are trained in place of all weights
     apart: bool = True  # conversations of one row do not attend to each other
     warmup: int = 5
     decay_share: float = 0.6
@@ -56,6 +58,8 @@ class Config:
     def __post_init__(self) -> None:
         if (self.seconds is None) == (self.steps is None):
             raise ConfigError("sft needs either seconds or steps, and not both")
+        if self.lora is not None and self.lora < 1:
+            raise ConfigError(f"sft.lora is {self.lora}, a rank is at least 1")
         if not 0.0 < self.files_share <= 1.0:
             raise ConfigError(f"sft.files_share is {self.files_share}, must be above 0 and at most 1")
 
@@ -107,7 +111,7 @@ class _Finetuning:
 
     def work(self) -> dict[str, Any]:
         plan = self.run.stage("pretrain").decide("plan", dict)
-        model = load_model(self.base)
+        model = trained(load_model(self.base), self.config.lora, self.run.seed)
         context = plan.get("context", model.config.max_position_embeddings)
         packer = self._packer(self.draws, self.config.rows, context)
         held_out = self._packer(self.draws.held_out, self.config.validation_rows, context).step(0)
