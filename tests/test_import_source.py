@@ -230,7 +230,7 @@ def test_a_repository_of_the_hub_becomes_a_checked_copy(hub: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("name", "data", "expected"),
     [
-        ("config.json", b'{"architectures": ["GPT2LMHeadModel"]}', "architecture"),
+        ("config.json", b'{"architectures": ["MixtralForCausalLM"]}', "architecture"),
         ("config.json", b'{"architectures": ["LlamaForCausalLM"], "auto_map": {}}', "auto_map"),
         ("config.json", b"{", "no valid JSON"),
         ("model.safetensors", b"\x80\x04pickle and more", "no safetensors file"),
