@@ -30,7 +30,7 @@ class RewardTraining:
     warmup: int = 4
     decay_share: float = 0.7
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(optim=OptimConfig(lr=5e-4, muon_lr=0.004, weight_decay=0.0))
+        default_factory=lambda: LoopConfig(optim=OptimConfig(lr=2.5e-4, muon_lr=0.002, weight_decay=0.0))
     )
 
 
