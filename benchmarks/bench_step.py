@@ -106,8 +106,8 @@ def gate(config: GPTConfig, batch: Batch) -> None:
         float((p.grad - wanted[n].grad).norm() / wanted[n].grad.norm())  # type: ignore[operator,union-attr]
         for n, p in mine.named_parameters()
     )
-    print(f"gate: loss {float(loss):.6f} and {float(expected):.6f}, gradients at most {worst:.1e} apart", flush=True)
-    if abs(float(loss - expected)) > 1e-4 or worst > 1e-4:
+    print(f"gate: loss {loss.item():.6f} and {expected.item():.6f}, gradients at most {worst:.1e} apart", flush=True)
+    if abs(loss.item() - expected.item()) > 1e-4 or worst > 1e-4:
         raise SystemExit("the two sides do not compute the same")
 
 
