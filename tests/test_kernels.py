@@ -197,7 +197,7 @@ def test_it_is_compiled_once_and_nothing_else_is_left(fresh: Path, monkeypatch: 
     assert [command[1:] for command in commands] == [["--version"]]
 
 
-@pytest.mark.parametrize("why", ["no compiler", "it fails", "no OpenMP", "wrong numbers"])
+@pytest.mark.parametrize("why", ["no compiler", "it fails", "no OpenMP", "wrong numbers", "no home", "no place"])
 def test_where_it_cannot_be_compiled_there_are_no_kernels(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
@@ -207,6 +207,12 @@ def test_where_it_cannot_be_compiled_there_are_no_kernels(
         monkeypatch.setattr(module, "FLAGS", (*module.FLAGS, "-no-such-flag-exists"))
     elif why == "no OpenMP":
         monkeypatch.setattr(module, "_openmp", lambda: None)
+    elif why == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(module.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    elif why == "no place":
+        fresh.parent.joinpath("file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(fresh.parent / "file"))
     else:
         monkeypatch.setattr(Kernels, "swiglu", lambda self, x: x[:, : x.shape[1] // 2])
     assert load() is None

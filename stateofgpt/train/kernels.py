@@ -169,7 +169,7 @@ def load() -> Kernels | None:
         built = _built(compiler)
         ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)  # torch's threads are what the library finds
         kernels = Kernels(ctypes.CDLL(str(built)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home to keep it in
         return None
     return kernels if _agrees(kernels) else None
 
