@@ -159,8 +159,9 @@ def mixture(record: Record) -> Section:
     ours = pages.table(["Dataset", "Share", "Epochs", "Disk size"], rows, caption="This run")
     total = sum(number(source.get("bytes")) or 0 for source in sources)
     documents = sum(number(source.get("documents")) or 0 for source in sources)
+    drawn = "all of one source" if len(sources) == 1 else f"drawn from {len(sources)} sources by weight"
     finding = (
-        f"{count(documents)} documents, {size(total)}, drawn from {len(sources)} sources by weight: "
+        f"{count(documents)} documents, {size(total)}, {drawn}: "
         "the share is that of the tokens trained on, the epochs how often each source was read."
     )
     body = pages.grid([ours, theirs], "pair") + pages.more(
