@@ -84,6 +84,7 @@ class GroupOptimization(Optimization):
     def _experience(self, seen: Seen) -> Experience:
         if self.algorithm in ("best_of_n", "rejection"):
             kept = self._kept(seen.scores).nonzero().flatten()
+            seen.watched["kept"] = len(kept) / max(1, len(seen.scores))
             whole = Experience(seen.rollouts, seen.logprobs, seen.reference, torch.ones(len(seen.scores), 1))
             return whole.rows(kept)
         advantage = self._advantages(seen)[:, None]

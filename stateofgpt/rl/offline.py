@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def answer_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """[N], the log-probability of whole answers, from that of their tokens [N, T]."""
-    return (logprobs * mask).sum(1)
+def answer_logprobs(logprobs: Tensor, mask: Tensor, *, per_token: bool = False) -> Tensor:
+    """[N], the log-probability of whole answers, from that of their tokens [N, T]; or its mean `per_token`."""
+    whole = (logprobs * mask).sum(1)
+    return whole / mask.sum(1).clamp(min=1) if per_token else whole
 
 
 def margins(
@@ -33,7 +34,8 @@ def dpo_loss(margin: Tensor, beta: float) -> Tensor:
 
 def ipo_loss(margin: Tensor, beta: float) -> Tensor:
     """[N], (h - 1 / (2 beta))^2: IPO equation 17, with its tau called beta. The gap has an aim and does not grow for
-    ever, as DPO's does where every label agrees."""
+    ever, as DPO's does where every label agrees. A square needs answers of any length to be on one scale, so h is made
+    of means per token, as in the public implementations (the paper's answers are single actions)."""
     return (margin - 1.0 / (2.0 * beta)) ** 2
 
 

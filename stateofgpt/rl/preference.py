@@ -146,11 +146,14 @@ class PreferenceOptimization(Optimization):
         texts = [((*prompt, *answer.ids), (*[0] * len(prompt), *answer.mask)) for prompt, answer in rows]
         answers = laid_out(texts, self.pad_id, context)
         reference, _ = self._in_parts(lambda part: policy_logprobs(self.reference, part, self.way), answers)
-        return PairBatch(answers, answer_logprobs(reference, answers.mask), len(pairs))
+        return PairBatch(answers, self._of_answers(reference, answers.mask), len(pairs))
+
+    def _of_answers(self, logprobs: Tensor, mask: Tensor) -> Tensor:
+        return answer_logprobs(logprobs, mask, per_token=self.algorithm == "ipo")
 
     def _loss(self, model: GPT, batch: PairBatch, sums: dict[str, float]) -> Tensor:
         new, _ = policy_logprobs(model, batch.answers, self.way)
-        policy, n, beta = answer_logprobs(new, batch.answers.mask), batch.n, self.own.beta
+        policy, n, beta = self._of_answers(new, batch.answers.mask), batch.n, self.own.beta
         margin = margins(policy[:n], policy[n : 2 * n], batch.reference[:n], batch.reference[n : 2 * n])
         sums["pair_accuracy"] += (margin > 0).float().mean().item()
         if self.algorithm == "kto":
