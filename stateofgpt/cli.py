@@ -39,7 +39,7 @@ STAGE_VERBS = {
     "pretrain": "train the base model on next tokens",
     "sft": "finetune it on demonstrations",
     "reward": "train the reward model on ranked answers",
-    "rl": "PPO against the reward model",
+    "rl": "PPO against the reward model, or another algorithm",
     "eval": "measure every model's skills, entropy and names",
     "arena": "blind battles and Bradley-Terry ratings",
 }
