@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stateofgpt.errors import ConfigError
+from stateofgpt.model.form import Form
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.train import dial
 from stateofgpt.train.dial import SHAPES, choose, choose_way, measure_rate, peak_memory_bytes, shape, timed_steps
@@ -103,6 +104,25 @@ def test_compilation_needs_a_compiler_and_time_to_earn_it(monkeypatch: pytest.Mo
     assert not choose(1024, 64, 30.0, rows=8).compiled
     machine(monkeypatch, 1e11, compiler=False)
     assert not choose(1024, 64, 600.0, rows=8).compiled
+
+
+def test_the_dial_measures_the_family_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = machine(monkeypatch, 1e10, kernels=1.5)
+    made = choose(1024, 64, 30.0, rows=8, form=Form("gpt2"))
+    assert made.config.arch == "gpt2" and made.config.intermediate_size == 4 * made.config.hidden_size
+    assert not any("fused" in trial for trial in asked)  # the fused pass does not know it
+    assert made.fused and not made.compiled  # the optimizer's kernels do
+    assert choose(1024, 64, 600.0, rows=8, form=Form("gpt2")).compiled
+    made = choose(1024, 64, 600.0, rows=8, form=Form("llama"))
+    assert made.config.arch == "llama" and made.fused
+
+
+def test_the_dial_takes_only_widths_that_the_form_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 1e13)
+    made = choose(1024, 128, 4000.0, rows=16, form=Form(kv_heads=4))
+    assert set(made.rates) <= {"256x6", "512x8", "768x12"} and made.config.num_key_value_heads == 4
+    with pytest.raises(ConfigError, match="so it is with every width the dial knows"):
+        choose(1024, 128, 40.0, rows=16, form=Form(kv_heads=7))
 
 
 @pytest.mark.parametrize(("width", "layers"), SHAPES)

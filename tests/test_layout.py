@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stateofgpt.errors import CheckpointError
-from stateofgpt.model import layout
-from stateofgpt.model.checkpoint import load_model, load_reward, save_checkpoint
+from stateofgpt.model import convert, layout
+from stateofgpt.model.checkpoint import asked_dropout, load_model, load_reward, save_checkpoint
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.heads import RewardModel
 from stateofgpt.text.tokenizer import Tokenizer
@@ -240,6 +240,46 @@ def test_the_config_of_the_first_gpt2_is_read_with_its_defaults(tmp_path: Path, 
     }  # fmt: skip
     foreign(tmp_path / "c", wide, tokenizer, **more, **left_out)
     assert load_model(tmp_path / "c").config == wide.config
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "asked"),
+    [
+        ("gpt2", {"attn_pdrop": 0.2, "embd_pdrop": 0, "resid_pdrop": 0.0}, {"attn_pdrop": 0.2}),
+        ("gpt2", dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), "left out"),
+         {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}),
+        ("llama", {"attention_dropout": 0.5}, {"attention_dropout": 0.5}),
+        ("qwen3", {"attention_dropout": "left out"}, {}),
+    ],
+)  # fmt: skip
+def test_dropout_in_a_config_is_told_and_changes_nothing_of_the_model(
+    arch: str, config: dict[str, Any], asked: dict[str, float], tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    model = some_model(arch)
+    foreign(tmp_path / "c", model, tokenizer, **config)
+    assert asked_dropout(tmp_path / "c") == asked
+    loaded, ids = load_model(tmp_path / "c").train(), torch.arange(20)[None]
+    assert torch.equal(loaded(ids), model.eval()(ids))
+    save_checkpoint(tmp_path / "again", loaded, tokenizer=tokenizer, stage="sft", run="r", parents=[tmp_path / "c"])
+    assert asked_dropout(tmp_path / "again") == {}
+
+
+def test_what_transformers_takes_for_dropout_where_nothing_is_said() -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = {
+        "gpt2": transformers.GPT2Config(),
+        "llama": transformers.LlamaConfig(),
+        "qwen3": transformers.Qwen3Config(),
+    }
+    for arch, keys in convert._DROPOUT.items():
+        assert {key: getattr(theirs[arch], key) for key in keys} == keys
+
+
+@pytest.mark.parametrize("value", [1.0, -0.1, True, "0.1", float("nan")])
+def test_a_dropout_that_is_no_share_is_refused(value: object, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    foreign(tmp_path / "c", some_model("gpt2"), tokenizer, embd_pdrop=value)
+    with pytest.raises(CheckpointError, match="embd_pdrop"):
+        load_model(tmp_path / "c")
 
 
 def test_an_older_llama3_config_is_read_with_its_scaling(tmp_path: Path, tokenizer: Tokenizer) -> None:

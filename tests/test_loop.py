@@ -174,6 +174,30 @@ def test_stopped_and_continued_it_ends_in_the_same_bits(
     assert same(everything(trainer), expected)
 
 
+@pytest.mark.parametrize("micro", [0, 1, 2])
+def test_stopped_between_the_micro_batches_of_a_step_it_ends_in_the_same_bits(micro: int, tmp_path: Path) -> None:
+    def run(path: Path, die_at: int) -> dict[str, Tensor]:
+        trainer, taken = Trainer(small_model(), replace(LOOP, save_every_s=-1.0)), [0]
+
+        def loss(model: GPT, batch: Batch) -> Tensor:
+            taken[0] += 1
+            if taken[0] == die_at:
+                raise Stopped  # some gradients of the step are there, others not yet
+            return LanguageModelLoss()(model, batch)
+
+        fit(
+            trainer, lambda step: [rows(10 * step + k, 2 + k) for k in range(3)], loss, steps=5,
+            factor=lambda step: 1.0 - step / 5, state=TrainState(path),
+        )  # fmt: skip
+        return everything(trainer)
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "torn", 3 * 3 + micro + 1)
+    found = TrainState(tmp_path / "torn").latest()
+    assert found is not None and found[0] == 3
+    assert same(run(tmp_path / "torn", -1), run(tmp_path / "straight", -1))
+
+
 def test_it_says_where_it_continues(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         train(tmp_path, die_after=0)

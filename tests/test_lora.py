@@ -31,6 +31,7 @@ from stateofgpt.model.lora import (
     lora_state_dict,
     merge,
     merged_state,
+    switched_off,
     trainable_parameters,
     trained_share,
     unmerge,
@@ -466,3 +467,30 @@ def test_a_copy_of_an_adapted_model_is_adapted_and_apart() -> None:
             layer.lora_B.weight.zero_()
     assert torch.equal(twin(some_ids()), some_model()(some_ids()))
     assert not torch.equal(model(some_ids()), some_model()(some_ids()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_switched_off_it_computes_what_the_base_computes_bit_for_bit_and_then_again_what_it_did(kind: str) -> None:
+    model, plain = adapt(KINDS[kind]()), KINDS[kind]()
+    before = model(some_ids())
+    with switched_off(model):
+        assert torch.equal(model(some_ids()), plain(some_ids()))
+        with switched_off(model):
+            pass
+        assert torch.equal(model(some_ids()), plain(some_ids()))  # the inner one did not switch it on
+        for name, layer in adapters(model).items():
+            assert torch.equal(effective_weight(layer), plain.get_submodule(name).weight)  # what the fused pass takes
+    assert torch.equal(model(some_ids()), before) and not torch.equal(before, plain(some_ids()))
+    with pytest.raises(Stopped), switched_off(model):
+        raise Stopped
+    assert torch.equal(model(some_ids()), before)
+
+
+def test_a_merged_model_cannot_be_switched_off_and_one_without_adapters_need_not_be() -> None:
+    model = adapt(some_model())
+    merge(model)
+    with pytest.raises(ModelError, match="unmerge it"), switched_off(model):
+        pass
+    plain = some_model()
+    with switched_off(plain):
+        assert torch.equal(plain(some_ids()), some_model()(some_ids()))

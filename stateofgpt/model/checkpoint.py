@@ -227,6 +227,11 @@ def load_reward(path: Path | str) -> RewardModel:
     return load(path, described.config, shards, lambda: RewardModel(GPT(described.config), pad))
 
 
+def asked_dropout(path: Path | str) -> dict[str, float]:
+    """The dropout that a folder made elsewhere asks for in training, by the keys of its config; there is none here."""
+    return dict(_open(path)[1].dropout)
+
+
 def _find(path: Path | str) -> Path:
     path = folder.present(Path(path))
     if not path.is_dir():

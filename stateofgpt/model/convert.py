@@ -60,16 +60,25 @@ _GPT2_SIZES: Mapping[str, str] = {
     "n_inner": "intermediate_size",
     "n_positions": "max_position_embeddings",
 }
+# Shares of numbers set to zero in training, which change nothing of what a model computes, and what transformers takes
+# where a config does not say.
+_DROPOUT: Mapping[Arch, Mapping[str, float]] = {
+    "qwen3": {"attention_dropout": 0.0},
+    "llama": {"attention_dropout": 0.0},
+    "gpt2": {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1},
+}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
 class Described:
-    """What a `config.json` describes."""
+    """What a `config.json` describes. `dropout` is what it asks for in training, by key, zeros left out: there is none
+    here."""
 
     config: GPTConfig
     kind: Kind
     pad_id: int | None
+    dropout: Mapping[str, float]
 
 
 def to_huggingface(config: GPTConfig, kind: Kind, *, bos: int, eos: list[int], pad: int) -> dict[str, Any]:
@@ -153,7 +162,8 @@ def from_huggingface(raw: Mapping[str, Any], where: str) -> Described:
     except ConfigError as failure:
         raise CheckpointError(f"{where}: {failure}") from failure
     pad = raw.get("pad_token_id")
-    return Described(config, kind, pad if type(pad) is int and 0 <= pad < config.vocab_size else None)
+    pad_id = pad if type(pad) is int and 0 <= pad < config.vocab_size else None
+    return Described(config, kind, pad_id, _dropout(raw, arch, where))
 
 
 def _rotary(arch: Arch, raw: Mapping[str, Any], where: str) -> GPTConfig:
@@ -238,6 +248,16 @@ def _positive(raw: Mapping[str, Any], key: str, default: Any, where: str) -> flo
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
         raise CheckpointError(f"{where} has {key} = {str(value)[:80]}, expected a number above 0")
     return float(value)
+
+
+def _dropout(raw: Mapping[str, Any], arch: Arch, where: str) -> dict[str, float]:
+    asked = {}
+    for key, default in _DROPOUT[arch].items():
+        value = default if raw.get(key) is None else raw[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise CheckpointError(f"{where} has {key} = {str(value)[:80]}, expected a number from 0 to below 1")
+        asked[key] = float(value)
+    return {key: value for key, value in asked.items() if value}
 
 
 def _labels(raw: Mapping[str, Any]) -> int:

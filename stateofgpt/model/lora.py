@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -79,10 +81,11 @@ class LoraLinear(nn.Linear):
         self.lora_dropout = nn.Dropout(config.dropout) if config.dropout else None
         self.scale = config.scale
         self._unmerged: Tensor | None = None  # the weight before merging
+        self.off = False  # for a while: W x alone
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        if self._unmerged is not None:
+        if self._unmerged is not None or self.off:
             return y
         if self.lora_dropout is not None and torch.is_grad_enabled():
             x = self.lora_dropout(x)
@@ -187,8 +190,8 @@ def is_factor(name: str) -> bool:
 
 
 def effective_weight(linear: nn.Linear) -> Tensor:
-    """The matrix [out, in] that `linear` multiplies by: its weight, with the update of an adapter added."""
-    if isinstance(linear, LoraLinear) and not linear.merged:
+    """The matrix [out, in] that `linear` multiplies by: its weight, with the update of an adapter that is not off."""
+    if isinstance(linear, LoraLinear) and not linear.merged and not linear.off:
         return torch.addmm(linear.weight, linear.lora_B.weight, linear.lora_A.weight, alpha=linear.scale)
     return linear.weight
 
@@ -218,6 +221,26 @@ def _all(model: nn.Module, *, merged: bool) -> list[LoraLinear]:
     if any(layer.merged != merged for layer in layers):
         raise ModelError(f"the model's adapters are {'not ' if merged else 'already '}merged into its weights")
     return layers
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` computes what it did before it was adapted: a reference without a second copy of its weights.
+
+    A head that is trained whole has no base to go back to. A model without adapters is left alone. Raises ModelError
+    when they are merged, because the base is then not at hand.
+    """
+    layers = list(adapters(model).values())
+    if any(layer.merged for layer in layers):
+        raise ModelError("the model's adapters are merged into its weights, so they cannot be switched off; unmerge it")
+    before = [layer.off for layer in layers]
+    try:
+        for layer in layers:
+            layer.off = True
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.off = was
 
 
 def _let_learn(model: nn.Module, yes: bool) -> None:

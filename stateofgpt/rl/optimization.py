@@ -19,6 +19,7 @@ from stateofgpt.assistant.session import Turn
 from stateofgpt.data.skills import Problem
 from stateofgpt.errors import ConfigError
 from stateofgpt.model.gpt import GPT
+from stateofgpt.model.lora import switched_off
 from stateofgpt.rl.objective import adapt_kl_coefficient, masked_mean
 from stateofgpt.rl.rollout import Rollouts, drawn_logprobs, policy_logprobs, rollouts_of
 from stateofgpt.rl.scoring import Scorer
@@ -158,7 +159,8 @@ class Optimization(ABC):
             entropy = -logprobs
         else:
             logprobs, entropy = self._in_parts(lambda part: policy_logprobs(self.policy, part, self.way), rollouts)
-        reference, _ = self._in_parts(lambda part: policy_logprobs(self.reference, part, self.way), rollouts)
+        with switched_off(self.reference):  # where it is the policy without its adapters
+            reference, _ = self._in_parts(lambda part: policy_logprobs(self.reference, part, self.way), rollouts)
         scores = self.scores(turns, problems)
         watched = {
             "proxy_reward": scores.mean().item(),

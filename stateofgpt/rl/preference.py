@@ -17,6 +17,7 @@ from torch import Tensor
 from stateofgpt.data.comparisons import Ranking
 from stateofgpt.errors import ConfigError, DataError
 from stateofgpt.model.gpt import GPT
+from stateofgpt.model.lora import switched_off
 from stateofgpt.rl.offline import answer_logprobs, dpo_loss, ipo_loss, kto_loss, margins, mismatched_divergence
 from stateofgpt.rl.optimization import Experience, Optimization, Seen, UpdateConfig
 from stateofgpt.rl.rollout import Rollouts, laid_out, policy_logprobs
@@ -145,7 +146,8 @@ class PreferenceOptimization(Optimization):
         context = self.policy.config.max_position_embeddings
         texts = [((*prompt, *answer.ids), (*[0] * len(prompt), *answer.mask)) for prompt, answer in rows]
         answers = laid_out(texts, self.pad_id, context)
-        reference, _ = self._in_parts(lambda part: policy_logprobs(self.reference, part, self.way), answers)
+        with switched_off(self.reference):  # where it is the policy without its adapters
+            reference, _ = self._in_parts(lambda part: policy_logprobs(self.reference, part, self.way), answers)
         return PairBatch(answers, self._of_answers(reference, answers.mask), len(pairs))
 
     def _of_answers(self, logprobs: Tensor, mask: Tensor) -> Tensor:

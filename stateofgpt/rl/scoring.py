@@ -15,6 +15,7 @@ from stateofgpt.assistant.session import Turn
 from stateofgpt.data.skills import Problem
 from stateofgpt.errors import ConfigError
 from stateofgpt.model.heads import RewardModel
+from stateofgpt.model.lora import switched_off
 from stateofgpt.rl.reward_training import score_ids
 from stateofgpt.text.chat import Conversation
 
@@ -47,7 +48,8 @@ class LearnedScorer:
 
     def __call__(self, turns: Sequence[Turn], problems: Sequence[Problem | None] = ()) -> Tensor:
         context = self.model.config.max_position_embeddings
-        raw = score_ids(self.model, [[*t.prompt_ids, *t.ids][-context:] for t in turns], self.pad_id)
+        with switched_off(self.model):  # where a value model has adapters on the same trunk
+            raw = score_ids(self.model, [[*t.prompt_ids, *t.ids][-context:] for t in turns], self.pad_id)
         normal = [(s - self.mean) / self.std for s in raw]
         stopped = [ended(t, self.end_id) for t in turns]
         return torch.tensor([s if end else self.no_end_score for s, end in zip(normal, stopped, strict=True)])

@@ -16,14 +16,14 @@ from stateofgpt.data.comparisons import Ranking, read_rankings
 from stateofgpt.data.shards import Shards
 from stateofgpt.data.tasks import Tasks
 from stateofgpt.errors import ConfigError, RunError
-from stateofgpt.model.checkpoint import load_model, load_reward
-from stateofgpt.model.heads import ValueModel
+from stateofgpt.model.checkpoint import load_reward
 from stateofgpt.rl.group import COMPARED, GroupAlgorithm, GroupConfig, GroupOptimization
 from stateofgpt.rl.optimization import Logprobs, Optimization, UpdateConfig
 from stateofgpt.rl.ppo import PPO
 from stateofgpt.rl.preference import OfflineAlgorithm, OfflineConfig, PreferenceOptimization, pairs_of
 from stateofgpt.rl.scoring import LearnedScorer, Scorer, VerifiedScorer
 from stateofgpt.run import Run
+from stateofgpt.stages.learners import policy_of, value_of
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.train.loss import Batch, Way
 
@@ -77,9 +77,11 @@ def optimization_of(
     offline: OfflineConfig,
     logprobs: Logprobs | None,
     rankings: Sequence[Ranking],
+    lora: int | None,
+    seed: int,
 ) -> Optimization:
     """The algorithm, with the policy in `start` as what learns and as its reference."""
-    policy, reference, pad_id = load_model(start), load_model(start), chat.tokenizer.pad
+    (policy, reference), pad_id = policy_of(start, lora, seed), chat.tokenizer.pad
     if algorithm in OFFLINE:
         return PreferenceOptimization(
             cast(OfflineAlgorithm, algorithm), policy, reference, scorer, update, offline, pairs_of(rankings, chat),
@@ -87,8 +89,7 @@ def optimization_of(
         )  # fmt: skip
     kept = logprobs or _logprobs(algorithm, way, temperature)
     if algorithm == "ppo":
-        learned = isinstance(scorer, LearnedScorer) and reward is not None
-        value = ValueModel(load_reward(reward) if learned and reward is not None else load_model(start))
+        value = value_of(start, scorer.model if isinstance(scorer, LearnedScorer) else None, reward, lora, seed + 1)
         return PPO(policy, reference, value, scorer, update, pad_id=pad_id, way=way, logprobs=kept)
     if of_groups.accept is None and (algorithm == "rejection" or isinstance(scorer, VerifiedScorer)):
         of_groups = GroupConfig(of_groups.kl_loss, of_groups.normalise, RIGHT)

@@ -7,29 +7,31 @@ loop, the optimizer and the order of data live elsewhere.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from stateofgpt.config import from_dict
-from stateofgpt.data.batches import PretrainBatches, validation_rows
+from stateofgpt.data.batches import PretrainBatches
 from stateofgpt.data.shards import Shards
 from stateofgpt.errors import ConfigError
-from stateofgpt.eval.likelihood import bits_per_byte
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import save_checkpoint
-from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.model.form import Form
+from stateofgpt.model.gpt import GPT, Arch, GPTConfig
 from stateofgpt.model.lora import is_factor
 from stateofgpt.run import Run, Stage
+from stateofgpt.stages.held_out import held_out
 from stateofgpt.stages.parent import begin_from
 from stateofgpt.text.tokenizer import Tokenizer
-from stateofgpt.train import fused
-from stateofgpt.train.dial import COMPILE_SECONDS, can_compile, can_fuse, choose, fastest_dtype, shape, timed_steps
+from stateofgpt.train import fused, repeats
+from stateofgpt.train.dial import COMPILE_SECONDS, can_compile, can_fuse, choose, fastest_dtype, timed_steps
 from stateofgpt.train.law_file import LADDER, choose_law
 from stateofgpt.train.loop import LoopConfig, Trainer, fit
 from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
+from stateofgpt.train.ramp import Cuts, Ramp, seconds_per_batch
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
@@ -73,6 +75,12 @@ class Config:
     sizes: int | None = None  # models in all: with 3 the two next smaller ones beside it (`stages.sizes`)
     parent: str | None = None
     lora: int | None = None  # the rank of adapters that are trained in place of all weights
+    arch: Arch | None = None  # of a model from nothing; None: qwen3
+    tied: bool | None = None  # embedding and head are one matrix; None: they are
+    kv_heads: int | None = None  # None: as many as heads
+    biases: bool | None = None  # None: as the architecture has them
+    ramp: tuple[float, float] | None = None  # (share of a batch to begin with, share of the rows until it is whole)
+    repeat_decay: float | None = None  # most by which weight decay grows where text repeats; None: 300; 1: it stays
 
     def __post_init__(self) -> None:
         if (self.seconds is None) == (self.steps is None):
@@ -85,6 +93,25 @@ class Config:
             )
         if self.lora is not None and (self.parent is None or self.lora < 1):
             raise ConfigError(f"lora is {self.lora}; it is a rank of at least 1, for a run that begins from a model")
+        if self.parent is not None and (self.arch, self.tied, self.kv_heads, self.biases) != (None,) * 4:
+            raise ConfigError(
+                "a run that begins from a model has that model's architecture; leave out arch, tied, kv_heads "
+                "and biases"
+            )
+        if self.repeat_decay is not None and self.repeat_decay < 1.0:
+            raise ConfigError(f"repeat_decay is {self.repeat_decay:g}; it is a factor, and 1 leaves decay as it is")
+        form = self.form()
+        if self.width is not None and (problem := form.misfit(self.width)):
+            raise ConfigError(problem)
+        Cuts(1, self.rows, self.growing())
+
+    def form(self) -> Form:
+        """What a model from nothing looks like; ConfigError for what no model looks like."""
+        return Form(self.arch or "qwen3", self.tied is not False, self.kv_heads, self.biases)
+
+    def growing(self) -> Ramp | None:
+        """How batches grow, if they do."""
+        return None if self.ramp is None else Ramp(*self.ramp)
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -128,23 +155,36 @@ class _Pretraining:
         loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"])
         rows, context = self.config.rows, plan.get("context", self.config.context)
         self.context = context
-        steps = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss)})["steps"]
-        batches = PretrainBatches(self.shards, self.weights, rows, context, self.run.seed, steps * rows)
-        trainer = Trainer(model, self.config.loop, loss.kernels)
-        watch = _Watch(self, model, steps)
+        whole = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss)})["steps"]
+        cuts = Cuts(whole, rows, self.config.growing())
+        batches = PretrainBatches(self.shards, self.weights, rows, context, self.run.seed, whole * rows)
+        trainer = Trainer(model, self._loop(batches, cuts.steps), loss.kernels)
+        watch = _Watch(self, model, cuts)
         fit(
             trainer,
-            lambda step: [Batch.of(*batches.batch(step), begins=self.begins)],
+            lambda step: [Batch.of(*batches.rows(*cuts.of(step)), begins=self.begins)],
             loss,
-            steps=steps,
+            steps=cuts.steps,
             factor=lambda step: warmup_stable_decay(
-                step, steps, warmup=self.config.warmup, decay_share=self.config.decay_share
+                cuts.progress(step), whole, warmup=self.config.warmup, decay_share=self.config.decay_share
             ),
             state=TrainState(self.stage.resume_dir),
             on_resume=self.stage.truncate_metrics,
             callbacks=(watch,),
         )
-        return self._finish(model, steps, batches)
+        return self._finish(model, cuts, batches)
+
+    def _loop(self, batches: PretrainBatches, steps: int) -> LoopConfig:
+        """The loop's settings, with more weight decay where a model from nothing reads its text many times. A run that
+        an earlier version of the program began has its usual decay until it is done."""
+        epochs = sum(share * batches.epochs()[name] for name, share in batches.share().items())
+        most = repeats.MOST if self.config.repeat_decay is None else self.config.repeat_decay
+        optim = self.config.loop.optim
+        shrinking = (optim.muon_lr if optim.use_muon else optim.lr) * optim.weight_decay
+        usual = self.parent is not None or bool(self.stage.metrics())
+        times = 1.0 if usual else repeats.decay_times(epochs, steps, shrinking, most)
+        times = self.stage.decide("repeats", lambda: {"epochs": epochs, "decay_times": times})["decay_times"]
+        return replace(self.config.loop, optim=replace(optim, weight_decay=optim.weight_decay * times))
 
     def _plan(self) -> dict[str, Any]:
         c = self.config
@@ -152,7 +192,7 @@ class _Pretraining:
         if c.width is not None and c.layers is not None:
             dtype: Dtype = "float32" if c.dtype == "auto" else c.dtype
             return {
-                "model": asdict(shape(c.width, c.layers, vocab, c.context)),
+                "model": asdict(c.form().shape(c.width, c.layers, vocab, c.context)),
                 "dtype": dtype,
                 "compiled": bool(c.compiled),
                 "fused": (can_fuse() and not c.compiled) if c.fused is None else c.fused,
@@ -161,7 +201,7 @@ class _Pretraining:
         if c.seconds is None:
             raise ConfigError("pretrain without seconds needs both width and layers")
         law, told = choose_law(c.law, self.run.root.parent / "ladder" / LADDER, vocab, c.context)
-        choice = choose(vocab, c.context, c.seconds, rows=c.rows, law=law)
+        choice = choose(vocab, c.context, c.seconds, rows=c.rows, law=law, form=c.form())
         return {
             "model": asdict(choice.config),
             "dtype": choice.dtype if c.dtype == "auto" else c.dtype,
@@ -192,14 +232,18 @@ class _Pretraining:
         }
 
     def _steps(self, model: GPT, loss: LanguageModelLoss) -> int:
-        """Steps that fit what is left of the budget, from the measured time of a whole step on this machine."""
+        """Whole batches that fit what is left of the budget, from the measured time of steps on this machine."""
         c = self.config
         if c.steps is not None:
             return c.steps
         assert c.seconds is not None
-        ids = torch.zeros(c.rows, self.context, dtype=torch.int64)
-        batch = Batch(ids, ids, torch.ones(c.rows, self.context))
-        forward_backward = timed_steps(lambda: loss(model, batch), model, 9, MEASURING * c.seconds)
+        seconds = c.seconds
+
+        def forward_backward(rows: int) -> float:
+            ids = torch.zeros(rows, self.context, dtype=torch.int64)
+            batch = Batch(ids, ids, torch.ones(rows, self.context))
+            return timed_steps(lambda: loss(model, batch), model, 9, MEASURING * seconds)
+
         copy = GPT(model.config)
         trainer = Trainer(copy, c.loop, loss.kernels)
         for p in copy.parameters():
@@ -209,21 +253,26 @@ class _Pretraining:
         while n == 0 or (n < 3 and time.perf_counter() - start < MEASURING * c.seconds):
             trainer.optimizer.step(0.0)
             n += 1
-        step_seconds = forward_backward + (time.perf_counter() - start) / n
+        optimizing = (time.perf_counter() - start) / n
+        batch_seconds = seconds_per_batch(lambda rows: forward_backward(rows) + optimizing, c.rows, c.growing())
         start = time.perf_counter()
-        _Watch(self, copy, 1).evaluate(c.eval_tokens // 4)
+        self.evaluate(copy, c.eval_tokens // 4)
         looks = (time.perf_counter() - start) * (6 + len(c.eval_at)) + 0.5 * len(c.sample_at)
         left = c.seconds - self.stage.seconds() - looks
-        return max(20, int(left / step_seconds))
+        return max(20, int(left / batch_seconds))
 
-    def _finish(self, model: GPT, steps: int, batches: PretrainBatches) -> dict[str, Any]:
+    def evaluate(self, model: GPT, max_tokens: int) -> dict[str, float]:
+        """Held-out bits per byte per source, and their mean by mixture weight."""
+        return held_out(model, self.shards, self.weights, self.context, max_tokens, self.begins)
+
+    def _finish(self, model: GPT, cuts: Cuts, batches: PretrainBatches) -> dict[str, Any]:
         lines = self.stage.metrics()
         with_loss = [line for line in lines if "tokens_per_second" in line]
         bpb = [line for line in lines if "val_bpb" in line]
         result = {
             "n_params": sum(p.numel() for name, p in model.named_parameters() if not is_factor(name)),
-            "steps": steps,
-            "tokens": steps * self.config.rows * self.context,
+            "steps": cuts.steps,
+            "tokens": cuts.read(cuts.steps) * self.context,
             "tokens_per_second": sorted(x["tokens_per_second"] for x in with_loss)[len(with_loss) // 2],
             "val_bpb_start": bpb[0]["val_bpb"],
             "val_bpb": bpb[-1]["val_bpb"],
@@ -250,41 +299,25 @@ class _Pretraining:
 class _Watch:
     """The loop's callback: metrics after every step, held-out loss and samples at the chosen points."""
 
-    def __init__(self, work: _Pretraining, model: GPT, steps: int) -> None:
-        self.work, self.model, self.steps = work, model, steps
-        self.sample_steps = {round(x * steps) for x in work.config.sample_at}
-        self.eval_steps = {round(x * steps) for x in work.config.eval_at}
+    def __init__(self, work: _Pretraining, model: GPT, cuts: Cuts) -> None:
+        self.work, self.model, self.cuts = work, model, cuts
+        self.sample_steps = {cuts.step_at(x) for x in work.config.sample_at}
+        self.eval_steps = {cuts.step_at(x) for x in work.config.eval_at}
         self.since = time.perf_counter()
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        config, stage = self.work.config, self.work.stage
-        per_step = config.rows * self.work.context
+        config, stage, context = self.work.config, self.work.stage, self.work.context
+        tokens = self.cuts.read(step) * context
         if step > 0:
             seconds = time.perf_counter() - self.since
-            stage.log(step, **metrics, tokens=step * per_step, tokens_per_second=per_step / seconds)
+            per_step = self.cuts.of(step - 1)[1] * context
+            stage.log(step, **metrics, tokens=tokens, tokens_per_second=per_step / seconds)
         if step in self.eval_steps:
-            budget = config.eval_tokens if step in (0, self.steps) else config.eval_tokens // 4
-            stage.log(step, tokens=step * per_step, **self.evaluate(budget))
+            budget = config.eval_tokens if step in (0, self.cuts.steps) else config.eval_tokens // 4
+            stage.log(step, tokens=tokens, **self.work.evaluate(self.model, budget))
         if step in self.sample_steps:
-            self.sample(step, step * per_step)
+            self.sample(step, tokens)
         self.since = time.perf_counter()
-
-    @torch.no_grad()
-    def evaluate(self, max_tokens: int) -> dict[str, float]:
-        """Held-out bits per byte per source, and their mean by mixture weight."""
-        work, loss, out = self.work, LanguageModelLoss("float32"), {}
-        for name in work.shards.sources:
-            ids, targets, mask, n_bytes = validation_rows(work.shards, name, work.context, max_tokens)
-            if n_bytes == 0:
-                continue
-            nats = sum(
-                loss(self.model, Batch.of(*(x[i : i + 16] for x in (ids, targets, mask)), begins=work.begins)).item()
-                for i in range(0, len(ids), 16)
-            )
-            out[f"val_bpb_{name}"] = bits_per_byte(nats, n_bytes)
-        total = sum(work.weights[n.removeprefix("val_bpb_")] for n in out)
-        mean = sum(work.weights[n.removeprefix("val_bpb_")] * v for n, v in out.items()) / total
-        return {"val_bpb": mean, **out}
 
     def sample(self, step: int, tokens: int) -> None:
         """Keep what the model makes of the fixed prompts now."""

@@ -34,6 +34,7 @@ from stateofgpt.rl.reward_training import (
     step_order,
 )
 from stateofgpt.run import Run, Stage
+from stateofgpt.stages.parent import trained
 from stateofgpt.stages.transcript import written
 from stateofgpt.stages.way import way_of
 from stateofgpt.text.chat import ChatFormat
@@ -58,6 +59,7 @@ class Config:
     temperature: float = 0.8
     max_tokens: int = 150
     rankings: str | None = None
+    lora: int | None = None  # the rank of adapters that are trained, and the head, in place of all weights
     prompts: PromptConfig = field(default_factory=PromptConfig)
     training: RewardTraining = field(default_factory=RewardTraining)
 
@@ -66,6 +68,8 @@ class Config:
             raise ConfigError("reward needs either seconds or n_prompts, and not both")
         if self.completions < 2:
             raise ConfigError(f"reward.completions is {self.completions}, a ranking needs at least 2")
+        if self.lora is not None and self.lora < 1:
+            raise ConfigError(f"reward.lora is {self.lora}, a rank is at least 1")
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -132,10 +136,13 @@ class _RewardModelling:
 
     def work(self) -> dict[str, Any]:
         train, held_out = self._rankings()
-        model = RewardModel(load_model(self.sft), self.tokenizer.pad)
+        model = self._fresh()
         order = step_order(len(train), self.run.seed, self.config.training.prompts_per_step)
         learn(model, self.chat, train, held_out, order, self.stage, self.config.training, self.way)
         return self._finish(model, train, held_out)
+
+    def _fresh(self) -> RewardModel:
+        return trained(RewardModel(load_model(self.sft), self.tokenizer.pad), self.config.lora, self.run.seed)
 
     # ---- rankings -------------------------------------------------------------------------------------------------
 
@@ -165,7 +172,7 @@ class _RewardModelling:
         assert self.config.seconds is not None
         start = time.perf_counter()
         chunk = self._chunk(session, "train", 0)
-        model = RewardModel(load_model(self.sft), self.tokenizer.pad)
+        model = self._fresh()
         context = model.config.max_position_embeddings
         per_step = self.config.training.prompts_per_step
         trainer = Trainer(model, self.config.training.loop, self.way.kernels)

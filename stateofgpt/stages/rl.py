@@ -44,6 +44,7 @@ from stateofgpt.stages.algorithms import (
     rankings_of,
     scorer_of,
 )
+from stateofgpt.stages.learners import kept, learned
 from stateofgpt.stages.transcript import written
 from stateofgpt.stages.way import way_of
 from stateofgpt.text.chat import ChatFormat, Conversation
@@ -87,6 +88,7 @@ class Config:
     logprobs: Logprobs | None = None
     groups: GroupConfig | None = None
     offline: OfflineConfig | None = None
+    lora: int | None = None  # the rank of adapters that are trained in place of all weights
 
     def __post_init__(self) -> None:
         if (self.seconds is None) == (self.iterations is None):
@@ -97,6 +99,8 @@ class Config:
             raise ConfigError(f"rl.batch ({self.batch}) is no multiple of rl.group ({group})")
         if self.ppo.pretraining is not None and self.chosen in OFFLINE:
             raise ConfigError(f"rl.ppo.pretraining goes with algorithms that sample, and {self.chosen} does not")
+        if self.lora is not None and self.lora < 1:
+            raise ConfigError(f"rl.lora is {self.lora}, a rank is at least 1")
 
     @property
     def chosen(self) -> Algorithm:
@@ -181,6 +185,8 @@ class PolicyTraining:
             offline=config.offline or OfflineConfig(),
             logprobs=config.logprobs,
             rankings=rankings,
+            lora=config.lora,
+            seed=run.seed,
         )
         if config.ppo.pretraining is not None:
             self.optimization.pretraining = pretraining_of(run, config.ppo, self.tokenizer.eot)
@@ -188,7 +194,7 @@ class PolicyTraining:
         self.engine = Engine(self.policy, max_batch=config.batch)
         self.session = Session(self.engine, self.chat, Toolbox())
         # the policy before the last update: what remains when that update leads past the KL budget
-        self.within_budget = {n: p.detach().clone() for n, p in self.policy.named_parameters()}
+        self.within_budget = kept(self.policy)
 
     def work(self) -> dict[str, Any]:
         held_out = self.tasks.problems(self.config.held_out_prompts, "heldout", 10_000)
@@ -219,7 +225,7 @@ class PolicyTraining:
         turns = self._answer(asked, self.run.seed * 1_000_003 + 7 * i, own)
         experience, watched = self.optimization.experience(turns, [*asked, *[None] * len(own)])
         if watched["kl"] <= self.config.max_kl:
-            self.within_budget = {n: p.detach().clone() for n, p in self.policy.named_parameters()}
+            self.within_budget = kept(self.policy)
             factor = warmup_stable_decay(i, iterations, warmup=2, decay_share=0.5, floor=0.1)
             order = torch.Generator().manual_seed(self.run.seed * 1_000_003 + i)
             watched |= self.optimization.update(experience, order, factor, watched["kl"])
@@ -278,12 +284,13 @@ class PolicyTraining:
         return max(4, int((self.config.seconds - self.stage.seconds() - measuring) / seconds))
 
     def _tensors(self) -> dict[str, Tensor]:
-        return self.optimization.tensors() | {f"within_budget.{n}": t for n, t in self.within_budget.items()}
+        before = learned(self.policy, self.within_budget)
+        return self.optimization.tensors() | {f"within_budget.{n}": t for n, t in before.items()}
 
     def _load(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
         self.optimization.load(tensors, numbers)
         prefix = "within_budget."
-        self.within_budget = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        self.within_budget |= {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     @torch.no_grad()
     def _restore(self, weights: dict[str, Tensor]) -> None:

@@ -8,16 +8,20 @@ has a folder of its own in the stage's, as `pretrain/128x4`. With one size it is
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
+
+import torch
 
 from stateofgpt.config import from_dict
 from stateofgpt.errors import ConfigError
-from stateofgpt.model.gpt import GPTConfig
+from stateofgpt.model.form import USUAL, Form
+from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.run import Run, Stage
 from stateofgpt.stages import pretrain
 from stateofgpt.stages.collect import documents_of
-from stateofgpt.train.dial import COMPILE_GAIN, COMPILE_SECONDS, SHAPES, measure_step, shape
-from stateofgpt.train.planner import count
+from stateofgpt.train.dial import COMPILE_GAIN, COMPILE_SECONDS, SHAPES, measure_step
+from stateofgpt.train.ramp import seconds_per_batch
 
 ALL_SHAPES = ((64, 1), (64, 2), *SHAPES)
 CLEARLY_SMALLER = 0.7  # of the parameters
@@ -43,7 +47,7 @@ def run(config: pretrain.Config, run: Run) -> dict[str, Any]:
             config = replace(config, prompts=tuple(texts))
         plan = stage.decide("plan", lambda: _plan(config, run))
         model = from_dict(GPTConfig, plan["model"])
-        smaller = _smaller(model, beside)
+        smaller = _smaller(model, beside, config.form())
         steps = stage.decide("steps", lambda: {"steps": _steps(config, plan, [*smaller, model], stage)})["steps"]
         for made in smaller:
             width, layers = made.hidden_size, made.num_hidden_layers
@@ -63,21 +67,30 @@ def _plan(config: pretrain.Config, run: Run) -> dict[str, Any]:
     return pretrain.plan(asked, run)
 
 
-def _smaller(model: GPTConfig, n: int) -> list[GPTConfig]:
+def _smaller(model: GPTConfig, n: int, form: Form = USUAL) -> list[GPTConfig]:
     """The `n` shapes of the list next below the model in parameters, the smallest first; fewer where there are none."""
     vocab, context = model.vocab_size, model.max_position_embeddings
-    shapes = [shape(width, layers, vocab, context) for width, layers in ALL_SHAPES]
-    below = [made for made in shapes if count(made)[0] <= CLEARLY_SMALLER * count(model)[0]]
+    shapes = [form.shape(width, layers, vocab, context) for width, layers in ALL_SHAPES if not form.misfit(width)]
+    below = [made for made in shapes if _parameters(made) <= CLEARLY_SMALLER * _parameters(model)]
     return below[-n:]
 
 
+def _parameters(config: GPTConfig) -> int:
+    with torch.device("meta"):
+        return GPT(config).n_params()
+
+
 def _steps(config: pretrain.Config, plan: dict[str, Any], models: list[GPTConfig], stage: Stage) -> int:
-    """Steps so that all sizes, the largest compiled if the plan says so, fit what is left of the seconds."""
+    """Whole batches so that all sizes, the largest compiled if the plan says so, fit what is left of the seconds."""
     if config.steps is not None:
         return config.steps
     assert config.seconds is not None
     rows, context = config.rows, config.context
-    each = [measure_step(model, plan["dtype"], rows=rows, context=context, fused=plan["fused"]) for model in models]
+
+    def seconds(model: GPTConfig, rows: int) -> float:
+        return measure_step(model, plan["dtype"], rows=rows, context=context, fused=plan["fused"])
+
+    each = [seconds_per_batch(partial(seconds, model), rows, config.growing()) for model in models]
     looks = sum(each) * LOOKS * config.eval_tokens / 8192
     left = config.seconds * (1 - SPARE) - stage.seconds() - looks - SAMPLE_SECONDS * len(config.sample_at) * len(models)
     if plan["compiled"]:

@@ -16,6 +16,8 @@ from statistics import median
 
 import torch
 
+from stateofgpt.errors import ConfigError
+from stateofgpt.model.form import USUAL, Form
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.train import kernels
 from stateofgpt.train.loop import LoopConfig, Trainer
@@ -25,7 +27,6 @@ from stateofgpt.train.scaling import EPOCH, Law
 SHAPES = ((128, 4), (192, 5), (256, 6), (320, 7), (384, 8), (512, 8), (640, 10), (768, 12))  # width, layers
 COMPILE_GAIN = 2.0  # compiled against eager steps, measured at widths 128-192 on two AMX cores
 COMPILE_SECONDS = 15.0
-HEAD_DIM = 64
 DTYPES: tuple[Dtype, Dtype] = ("float32", "bfloat16")
 
 
@@ -43,17 +44,7 @@ class Choice:
 
 def shape(width: int, layers: int, vocab_size: int, context: int) -> GPTConfig:
     """The default architecture at one size."""
-    heads = width // HEAD_DIM
-    return GPTConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=HEAD_DIM,
-        intermediate_size=3 * width,
-        max_position_embeddings=context,
-    )
+    return USUAL.shape(width, layers, vocab_size, context)
 
 
 def measure_rate(
@@ -106,10 +97,12 @@ def timed_steps(
     return median(times[1:])
 
 
-def choose_way(vocab_size: int, context: int) -> tuple[Dtype, bool]:
+def choose_way(vocab_size: int, context: int, form: Form = USUAL) -> tuple[Dtype, bool]:
     """The fastest precision on this machine, and whether the fused kernels are; trials on a small model."""
-    trial = shape(192, 2, vocab_size, context)
-    ways = [(dtype, fused) for dtype in DTYPES for fused in (False, True) if not fused or can_fuse()]
+    width = next((width for width in (192, *(w for w, _ in SHAPES)) if not form.misfit(width)), 192)
+    trial = form.shape(width, 2, vocab_size, context)
+    fusible = can_fuse() and not form.has_biases
+    ways = [(dtype, fused) for dtype in DTYPES for fused in (False, True) if not fused or fusible]
     rates = {way: measure_rate(trial, way[0], rows=8, context=context, fused=way[1]) for way in ways}
     return max(ways, key=lambda way: rates[way])
 
@@ -136,19 +129,22 @@ def tokens_within(seconds: float, rate: float, compiled: bool) -> float:
     return max(1.0, rate * ((seconds - COMPILE_SECONDS) * COMPILE_GAIN if compiled else seconds))
 
 
-def choose(vocab_size: int, context: int, seconds: float, *, rows: int, law: Law = EPOCH) -> Choice:
-    """The shape with the lowest predicted loss after `seconds` of training here.
+def choose(vocab_size: int, context: int, seconds: float, *, rows: int, law: Law = EPOCH, form: Form = USUAL) -> Choice:
+    """The shape of this form with the lowest predicted loss after `seconds` of training here.
 
     Each shape's rate is measured by a short trial until one is clearly worse than the best so far; the loss is
     that of `law` (Chinchilla's with Epoch AI's constants, arXiv 2404.10102, where no other is measured) at the tokens
-    that the rate allows.
+    that the rate allows. Where the fused pass does not know the form, its kernels still serve the optimizer.
     """
-    dtype, fused = choose_way(vocab_size, context)
+    shapes = [(width, layers) for width, layers in SHAPES if not form.misfit(width)]
+    if not shapes:
+        raise ConfigError(f"{form.misfit(SHAPES[0][0])}; so it is with every width the dial knows")
+    dtype, fused = choose_way(vocab_size, context, form)
     compiled = not fused and can_compile() and seconds > 3 * COMPILE_SECONDS
     rates: dict[str, float] = {}
     best: tuple[float, GPTConfig] | None = None
-    for width, layers in SHAPES:
-        config = shape(width, layers, vocab_size, context)
+    for width, layers in shapes:
+        config = form.shape(width, layers, vocab_size, context)
         rate = measure_rate(config, dtype, rows=min(rows, 8), context=context, fused=fused)
         rates[f"{width}x{layers}"] = round(rate, 1)
         loss = law.loss(GPT(config).n_params(), tokens_within(seconds, rate, compiled))
@@ -157,7 +153,8 @@ def choose(vocab_size: int, context: int, seconds: float, *, rows: int, law: Law
         if best is None or loss < best[0]:
             best = (loss, config)
     assert best is not None
-    return Choice(best[1], dtype, compiled, fused, rates)
+    kernels_left = form.has_biases and can_fuse() and not compiled
+    return Choice(best[1], dtype, compiled, fused or kernels_left, rates)
 
 
 def peak_memory_bytes() -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from stateofgpt.errors import ConfigError
 
 
-def warmup_stable_decay(step: int, steps: int, *, warmup: int, decay_share: float, floor: float = 0.0) -> float:
-    """Factor in [floor, 1] for `step` of `steps`: linear warm-up, plateau, linear decay over the last `decay_share`.
+def warmup_stable_decay(step: float, steps: int, *, warmup: int, decay_share: float, floor: float = 0.0) -> float:
+    """Factor in [floor, 1] for `step` of `steps`: linear warm-up, plateau, linear decay over the last `decay_share`;
+    between two whole steps too.
 
     >>> [round(warmup_stable_decay(s, 10, warmup=2, decay_share=0.5), 2) for s in range(10)]
     [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
