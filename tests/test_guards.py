@@ -96,9 +96,7 @@ def test_one_bad_look_is_not_enough_and_a_good_one_begins_the_count_again() -> N
     dip = {4: 0.2, 5: 1.1, 6: 0.2, 7: 1.1}
     at, _, _ = stopped(lambda i: {"reward": 0.2 * i, "score": dip.get(i, 1.1 if i else 0.7)})
     assert at is None
-    at, _, _ = stopped(
-        lambda i: {"reward": 0.2 * i, "score": dip.get(i, 1.1 if i else 0.7)}, GuardConfig(patience=1)
-    )
+    at, _, _ = stopped(lambda i: {"reward": 0.2 * i, "score": dip.get(i, 1.1 if i else 0.7)}, GuardConfig(patience=1))
     assert at == 4
 
 
