@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +143,6 @@ def test_the_smallest_experiment_runs_from_a_model_and_a_killed_one_ends_the_sam
     assert (whole / RESULT).read_bytes() == (killed / RESULT).read_bytes()
     result = json.loads((whole / RESULT).read_text())
     assert [proxy["rankings"] for proxy in result["proxies"]] == [12, 24]
-    assert (whole / "overoptimise.html").exists() and sog("report", whole).returncode == 0
+    assert build(whole).read_bytes() == (whole / "overoptimise.html").read_bytes()
     refused = sog("eval", "--out", whole)
     assert refused.returncode == 2 and "holds an experiment" in refused.stderr
-    moved = tmp_path / "sft"
-    shutil.copytree(debug_run / "sft" / "checkpoint", moved)
-    assert "another configuration" in sog("run", "overoptimise", "--from", moved, "--out", whole, *settings).stderr

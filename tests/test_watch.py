@@ -21,12 +21,13 @@ from stateofgpt.model.heads import RewardModel, ValueModel
 from stateofgpt.rl.guards import GuardConfig
 from stateofgpt.rl.optimization import UpdateConfig
 from stateofgpt.rl.ppo import PPO
-from stateofgpt.run import Run, read_json
+from stateofgpt.run import Run, read_json, write_json
 from stateofgpt.stages import rl
-from stateofgpt.stages.judge import FEWEST, Judged, better_than_a_coin, second_judge
+from stateofgpt.stages.judge import FEWEST, NO_END, Judged, better_than_a_coin, rankings_apart, second_judge
 from stateofgpt.stages.watch import LOOKS, STOPPED, Watch, restore
 from stateofgpt.stages.way import way_of
-from stateofgpt.text.chat import Message
+from stateofgpt.text.chat import ChatFormat, Message
+from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.loop import LoopConfig
 from stateofgpt.train.loss import Way
 from stateofgpt.train.optim import OptimConfig
@@ -170,6 +171,35 @@ def test_too_few_rankings_make_no_judge_and_no_verdict_on_scores(tmp_path: Path)
         assert watch.config.fall is None and watch.judge is scores
 
 
+@pytest.mark.slow
+def test_a_second_judge_learns_from_its_own_rankings_once_and_is_trusted_only_if_it_knows_something(
+    debug_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "debug"
+    shutil.copytree(debug_run, folder)
+    raw = json.loads((folder / "run.json").read_text())
+    with Run.open(folder, raw["recipe"], raw["config"], raw["seed"]) as run:
+        reward, start = run.stage("reward").dir, run.stage("sft").checkpoint
+        assert rankings_apart(run, None) is None  # simulated: the truth is known
+        apart = 2 * (rankings_apart(run, str(reward / "rankings_held_out.jsonl")) or [])
+        chat = ChatFormat(Tokenizer.load(start))
+        judged = second_judge(run, start, apart, chat, way_of(run))
+        result = run.inside("rl/judge").result() or {}
+        assert result["n"] > 20 and f"{result['right']} of {result['n']} pairs" in judged.name
+        assert (judged.judge is None) == (not better_than_a_coin(result["right"], result["n"]))
+        monkeypatch.setattr("stateofgpt.stages.judge.better_than_a_coin", lambda right, n: True)
+        monkeypatch.setattr("stateofgpt.stages.judge.learn", None)  # it is read back, not trained again
+        judge = second_judge(run, start, apart, chat, way_of(run)).judge
+        turns = [Turn((), [chat.tokenizer.eot, 300], [301, chat.end], [1, 1], [0.0] * 2, "stop"),
+                 Turn((), [chat.tokenizer.eot, 300], [301], [1], [0.0], "length")]  # fmt: skip
+        assert judge is not None
+        scores = judge([], turns)
+        assert scores[1] == NO_END and scores[0] != NO_END
+        stored = read_json(run.stage("reward").dir / "result.json")
+        write_json(run.stage("reward").dir / "result.json", {**stored, "simulated": False})
+        assert len(rankings_apart(run, None) or []) == len(apart) // 2  # people ranked: those held out
+
+
 # ------------------------------------------------------------------------------------------------ in the stage, resumed
 
 
@@ -207,7 +237,7 @@ def hack(run_folder: Path, killed_at: int | None = None) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_stopped_run_that_was_killed_on_the_way_ends_in_the_same_bits(debug_run: Path, tmp_path: Path) -> None:
     ends = []
-    for name, kills in (("whole", ()), ("killed", (3, 5))):
+    for name, kills in (("whole", ()), ("killed", (1, 3))):
         folder = tmp_path / name / "debug"
         shutil.copytree(debug_run, folder)
         for later in ("rl", "eval", "arena"):
