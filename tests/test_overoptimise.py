@@ -67,6 +67,9 @@ def test_agreement_counts_pairs_of_one_prompt_and_ties_as_half() -> None:
     true = np.array([[0.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
     assert order_agreement(np.array([[0.0, 3.0, 0.0], [1.0, 2.0, 3.0]]), true) == pytest.approx(0.75)
     assert order_agreement(np.zeros((1, 3)), true[1:]) == 0.5
+    near = np.array([[0.0, 0.1, 2.0]])  # the near pair counts only where it is asked for
+    assert order_agreement(np.array([[0.1, 0.0, 1.0]]), near) == pytest.approx(2 / 3)
+    assert order_agreement(np.array([[0.1, 0.0, 1.0]]), near, 0.5) == 1.0
 
 
 def test_guards_leave_a_policy_alone_that_gets_better() -> None:

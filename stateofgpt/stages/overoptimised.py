@@ -25,6 +25,7 @@ from stateofgpt.rl.overoptimisation import Fit, Floats, Form, answers_kl, best_o
 from stateofgpt.rl.reward_training import score_ids
 from stateofgpt.rl.scoring import ended
 
+APART = 0.5  # standard deviations: closer true scores differ by some characters of length, not in what was said
 NORMAL = 1.96  # half a 95 % interval of a mean, in standard errors
 
 
@@ -111,7 +112,7 @@ def _of_proxy(pool: Pool, one: Trained, ns: Sequence[int], seed: int) -> dict[st
     return {
         "name": one.name,
         **{key: one.about[key] for key in keys if key in one.about},
-        "accuracy": order_agreement(proxy, pool.true),
+        "accuracy": order_agreement(proxy, pool.true, APART * _spread(pool.true)),
         "best_of_n": chosen,
         "rl": learned,
         "fits": {"best_of_n": chosen_fit, "rl": learned_fit},
@@ -163,12 +164,12 @@ def _spread(values: Floats) -> float:
     return float(values.std()) or 1.0
 
 
-def order_agreement(proxy: Floats, true: Floats) -> float:
-    """Share of pairs of samples of one prompt with different true scores that the proxy orders as they are, equal
-    rewards as half; 0.5 where there is no such pair."""
+def order_agreement(proxy: Floats, true: Floats, least: float = 1e-9) -> float:
+    """Share of pairs of samples of one prompt, with true scores more than `least` apart, that the proxy orders as they
+    are, equal rewards as half; 0.5 where there is no such pair."""
     right = pairs = 0.0
     for q, g in zip(proxy, true, strict=True):
-        better: NDArray[np.bool_] = g[:, None] > g[None, :] + 1e-9
+        better: NDArray[np.bool_] = g[:, None] > g[None, :] + least
         pairs += float(better.sum())
         right += float((better & (q[:, None] > q[None, :])).sum()) + 0.5 * float(
             (better & (q[:, None] == q[None, :])).sum()

@@ -21,8 +21,7 @@ from stateofgpt.assistant.session import Session, Turn
 from stateofgpt.assistant.tools import Toolbox
 from stateofgpt.data.comparisons import Ranking, read_rankings
 from stateofgpt.data.prompts import PromptConfig
-from stateofgpt.data.skills import Problem, manner_of
-from stateofgpt.data.skills.problems import ARITHMETIC
+from stateofgpt.data.skills import Problem
 from stateofgpt.data.tasks import tasks_of
 from stateofgpt.errors import ConfigError
 from stateofgpt.eval.diversity import sign_flip_test
@@ -46,6 +45,7 @@ from stateofgpt.stages.algorithms import (
     scorer_of,
 )
 from stateofgpt.stages.judge import rankings_apart
+from stateofgpt.stages.manners import shares
 from stateofgpt.stages.transcript import written
 from stateofgpt.stages.watch import STOPPED, restore, watch_of
 from stateofgpt.stages.way import way_of
@@ -55,7 +55,6 @@ from stateofgpt.train.loss import Way
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
-MANNERS = ("direct", "steps", "tool")
 FIRST = 50_000  # the index of the first prompt asked: the reward stage asks those from 0
 LOOKED_AT = 16  # prompts of an iteration that learns from rankings
 SHOWN = 2  # rollouts of every iteration that are kept to read
@@ -240,7 +239,7 @@ class PolicyTraining:
             watched |= self.optimization.update(experience, order, factor, watched["kl"])
         turns = turns[: len(asked)]
         scores = self._true_scores(asked, turns)
-        self.stage.log(i + 1, **watched, true_score=fmean(scores), **_shares(asked, turns))
+        self.stage.log(i + 1, **watched, true_score=fmean(scores), **shares(asked, turns))
         for problem, turn, score in list(zip(asked, turns, scores, strict=True))[:SHOWN]:
             self.stage.sample(i + 1, prompt=problem.question, text=written(turn.messages), true_score=score)
         return watched["kl"]
@@ -273,7 +272,7 @@ class PolicyTraining:
             "entropy": watched["entropy"],
             "length": watched["length"],
             "proxy_reward": watched["proxy_reward"],
-            **_shares(held_out, turns),
+            **shares(held_out, turns),
         }
 
     def _affordable(self) -> int:
@@ -346,9 +345,3 @@ T = TypeVar("T")
 def _repeated(items: Sequence[T], times: int) -> list[T]:
     """Each item `times` times, its copies side by side."""
     return [item for item in items for _ in range(times)]
-
-
-def _shares(asked: Sequence[Problem], turns: Sequence[Turn]) -> dict[str, float]:
-    """In what manner plain sums were answered."""
-    manners = [manner_of(t.messages) for p, t in zip(asked, turns, strict=True) if p.skill == ARITHMETIC[0]]
-    return {f"share_{m}": sum(m == made for made in manners) / max(1, len(manners)) for m in MANNERS}
