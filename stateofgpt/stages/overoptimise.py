@@ -53,9 +53,10 @@ FEWEST_RANKED, FEWEST_PROMPTS = 120, 16
 
 
 def _hasty() -> UpdateConfig:
-    """PPO with next to no penalty and twice the learning rate, so that it goes far in few iterations."""
+    """PPO with next to no penalty and a somewhat higher rate. At twice the rate it leapt from 3 to 10 nats between two
+    looks, and the fall was over before it was seen."""
     policy, value = (
-        LoopConfig(optim=OptimConfig(lr=lr, eps=1e-5, weight_decay=0.0, use_muon=False)) for lr in (3e-4, 6e-4)
+        LoopConfig(optim=OptimConfig(lr=lr, eps=1e-5, weight_decay=0.0, use_muon=False)) for lr in (2.25e-4, 4.5e-4)
     )
     return UpdateConfig(kl_coefficient=0.002, policy=policy, value=value)
 
@@ -72,7 +73,7 @@ class Config:
     what best-of-n chooses from; every `every` iterations each policy is measured on the same prompts."""
 
     seconds: float | None = 1200.0
-    rankings: int = 600
+    rankings: int = 1600
     completions: int = 4
     noise: float = DEFAULT_NOISE
     shares: tuple[float, ...] = (0.01, 0.1, 1.0)
@@ -81,7 +82,7 @@ class Config:
     prompts: int = 96
     samples: int = 128
     ns: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    every: int = 4
+    every: int = 2
     temperature: float = 1.0
     max_tokens: int = 150
     mixture: PromptConfig = field(default_factory=PromptConfig)
