@@ -100,6 +100,15 @@ def test_one_bad_look_is_not_enough_and_a_good_one_begins_the_count_again() -> N
     assert at == 4
 
 
+def test_a_policy_past_a_limit_is_never_the_best_whatever_its_score() -> None:
+    told = {1: {"score": 0.9}, 2: {"score": 3.0, "entropy": 0.001}, 3: {"score": 3.0, "length": 200.0}}
+    _, _, watcher = stopped(lambda i: {"reward": 0.1 * i, **told.get(i, {})}, n=4, noise=0.0)
+    assert watcher.best is not None and watcher.best.step == 4
+    free = GuardConfig(entropy_floor=None, length_drift=None)
+    _, _, watcher = stopped(lambda i: {"reward": 0.1 * i, **told.get(i, {})}, free, n=4, noise=0.0)
+    assert watcher.best is not None and watcher.best.step == 8
+
+
 def test_told_not_to_stop_it_only_watches() -> None:
     at, _, watcher = stopped(hacked, GuardConfig(stop=False))
     assert at is None and watcher.bad >= 5 and len(watcher.looks) == 12
