@@ -18,15 +18,16 @@ from stateofgpt.run import Run, feedback_of, newest_model, resolve_model, resolv
 
 def raise_assistant(options: argparse.Namespace) -> None:
     """Every stage of a recipe, then the report."""
-    from stateofgpt.recipes.pipeline import execute
+    from stateofgpt.recipes import runner
 
     out = options.out or Path("runs") / options.recipe
-    execute(_load(options, options.recipe), out)
+    recipe = _load(options, options.recipe)
+    runner(options.recipe)(recipe, out)
 
 
 def run_stage(options: argparse.Namespace) -> None:
     """One stage of a run, with what the run was made with."""
-    from stateofgpt.recipes.pipeline import execute
+    from stateofgpt.recipes import runner
 
     out = options.out or Path("runs") / (options.recipe or "laptop")
     here = Run.read(out) if (out / "run.json").is_file() else None
@@ -40,7 +41,7 @@ def run_stage(options: argparse.Namespace) -> None:
         except ConfigError:
             if options.overrides:
                 raise
-    execute(recipe, out, only=options.verb)
+    runner(name)(recipe, out, only=options.verb)
 
 
 def _load(options: argparse.Namespace, name: str) -> Any:

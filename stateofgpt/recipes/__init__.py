@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stateofgpt.errors import ConfigError
+
 if TYPE_CHECKING:
     from stateofgpt.recipes.recipe import Recipe
 
-_NAMES = ("debug", "laptop", "shakespeare")
+_NAMES = ("debug", "laptop", "overoptimise", "shakespeare")
 
 
 def names() -> tuple[str, ...]:
@@ -31,12 +33,23 @@ def load(
     """The recipe `name` with the user's minutes, seed, texts and dotted overrides; from a model, where one is given."""
     from stateofgpt.config import apply_overrides
 
-    made: Any = import_module(f"stateofgpt.recipes.{name}").recipe(minutes)
+    module = import_module(f"stateofgpt.recipes.{name}")
+    made: Any = module.recipe(minutes)
     if model is not None:
         from stateofgpt.recipes.continued import continued
 
-        made = continued(made, model)
+        made = getattr(module, "begin_from", continued)(made, model)
     if corpus:
+        if not hasattr(made, "collect"):
+            raise ConfigError(f"the recipe {name} reads no texts; leave --corpus out")
         made = replace(made, collect=replace(made.collect, corpus=tuple(str(path.resolve()) for path in corpus)))
     chosen: Recipe = apply_overrides(replace(made, seed=seed), overrides)
     return chosen
+
+
+def runner(name: str) -> Callable[..., None]:
+    """What carries out the recipe `name`, as `execute(recipe, out, only)`: the pipeline, or what its module has."""
+    from stateofgpt.recipes.pipeline import execute
+
+    run: Callable[..., None] = getattr(import_module(f"stateofgpt.recipes.{name}"), "execute", execute)
+    return run

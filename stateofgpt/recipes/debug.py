@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from stateofgpt.errors import ConfigError
 from stateofgpt.recipes.recipe import Recipe
+from stateofgpt.rl.guards import GuardConfig
 from stateofgpt.stages import arena, collect, evaluate, pretrain, reward, rl, sft, tokenize
 
 
@@ -21,7 +22,9 @@ def recipe(minutes: float | None = None) -> Recipe:
         pretrain=pretrain.Config(steps=40, width=64, layers=2, rows=8, eval_tokens=512, sample_tokens=24),
         sft=sft.Config(steps=40, rows=8, validation_rows=4),
         reward=reward.Config(n_prompts=24, held_out_prompts=24, max_tokens=60),
-        rl=rl.Config(iterations=3, batch=16, max_tokens=60, held_out_prompts=24),
+        rl=rl.Config(
+            iterations=3, batch=16, max_tokens=60, held_out_prompts=24, guards=GuardConfig(every=2, prompts=8)
+        ),
         eval=evaluate.Config(key=8, other=4, tricks=4, max_tokens=60),
         arena=arena.Config(prompts=16, max_tokens=60),
     )

@@ -48,6 +48,7 @@ def write_summary(recipe: Recipe, run: Run, seconds: float) -> None:
         summary["skills"] = measured["skills"]
         names = ("entropy", "distinct", "new", "plausible", "n")
         summary["diversity"] = {m: {k: d[k] for k in names} for m, d in measured["diversity"].items()}
+        summary["variety"] = measured.get("variety", {})  # a run of an earlier version has not measured it
     if (battles := results["arena"]) is not None:
         summary["arena"] = battles["leaderboard"]
     write_json(run.summary_path, summary)

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from stateofgpt.report import pages
+from stateofgpt.report import guards, pages
 from stateofgpt.report.pages import Section, bar, count, decimal, percent, probability
 from stateofgpt.report.plots import Series, line_chart
 from stateofgpt.report.record import MODELS, Record, mapping, number, records, sequence, share_right
@@ -208,7 +208,7 @@ def reinforcement(record: Record) -> Section:
     ]
     figures = [pages.figure(_curves(record, "rl", name, (key, name, "c-rl", True))) for name, key in charts]
     figures.append(pages.figure(_manner_chart(record)))
-    return Section(id_, title, finding, _manners(record) + pages.grid(figures), "rl")
+    return Section(id_, title, finding, _manners(record) + pages.grid(figures) + guards.looks(record), "rl")
 
 
 def _manner_chart(record: Record) -> Markup:

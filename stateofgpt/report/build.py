@@ -11,7 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from stateofgpt.report import assistants, pages, sizes, training, verdicts
+from stateofgpt.report import assistants, overoptimise, pages, sizes, training, verdicts
 from stateofgpt.report.pages import count, decimal, duration
 from stateofgpt.report.record import MODELS, Record, mapping, number
 from stateofgpt.run import Run, write_atomic
@@ -51,11 +51,15 @@ GOALS = {
     "reward": "a reward model",
 } | dict.fromkeys(("rl", "eval", "arena"), "reinforcement learning from human feedback")  # fmt: skip
 LAST_FIGURE = {True: "from text to assistant", False: "from text to model"}
+OVEROPTIMISE = "overoptimise"  # a recipe with a page of its own
 
 
 def build(run_dir: Path) -> Path:
     """Write `report.html` of the run in `run_dir` and return its path. RunError if there is no run."""
-    path = Run.read(run_dir).report_path
+    run = Run.read(run_dir)
+    if run.recipe == OVEROPTIMISE:
+        return overoptimise.build(run_dir)
+    path = run.report_path
     write_atomic(path, render(Record.read(run_dir)))
     return path
 

@@ -27,6 +27,7 @@ FALLBACKS = {  # where a part of summary.json comes from while the run has not w
     "reward": ("reward", None),
     "rl": ("rl", None),
     "diversity": ("eval", "diversity"),
+    "variety": ("eval", "variety"),
 }
 
 

@@ -50,7 +50,37 @@ def diversity(record: Record) -> Section:
     if not any(lists):
         told = {name: mapping(mapping(record.result("eval").get("diversity")).get(name)) for name in models}
         lists = [_names(name, names_of(told[name].get("names"))) for name in models]
-    return Section(id_, title, _diversity_finding(measured), table + pages.grid(lists, "cards three"))
+    return Section(
+        id_, title, _diversity_finding(measured), table + _variety(record) + pages.grid(lists, "cards three")
+    )
+
+
+def _variety(record: Record) -> Markup:
+    """How different answers are: to one prompt asked again, and to different prompts."""
+    measured = {name: mapping(value) for name, value in record.part("variety").items()}
+    models = [name for name in MODELS if name in measured] + [name for name in measured if name not in MODELS]
+    if not models:
+        return Markup("")
+    keys = ("prompt_distinct", "prompt_ngrams", "prompt_self_bleu", "across_ngrams", "across_self_bleu")
+    rows = [
+        [
+            pages.tag(name),
+            decimal(number(measured[name].get("entropy"))),
+            *(bar(number(measured[name].get(key)), pages.colour_of(name), decimal(number(measured[name].get(key))))
+              for key in keys),
+        ]
+        for name in models
+    ]  # fmt: skip
+    head = ["Model", "Entropy, nats per token", "One prompt: different", "n-grams", "self-BLEU", "All prompts: n-grams",
+            "self-BLEU"]  # fmt: skip
+    first = measured[models[0]]
+    note = (
+        f"{count(number(first.get('answers')))} answers at temperature 1 to each of "
+        f"{count(number(first.get('prompts')))} held-out prompts. n-grams are the different ones over how many chance "
+        "would give a text of that length; self-BLEU is 1 where all answers say the same."
+    )
+    table = pages.table(head, rows, caption="How different answers are, to one prompt and to different ones")
+    return table + pages.paragraph(note, "note")
 
 
 def _diversity_finding(measured: dict[str, dict[str, Any]]) -> str:

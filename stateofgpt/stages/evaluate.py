@@ -15,6 +15,7 @@ import torch
 
 from stateofgpt.assistant.session import Session
 from stateofgpt.assistant.tools import Toolbox
+from stateofgpt.data.prompts import PromptConfig, prompts
 from stateofgpt.data.skills import SKILLS, Problem, final_text, known_names, read_name
 from stateofgpt.errors import RunError
 from stateofgpt.eval.diversity import measure_names
@@ -35,6 +36,8 @@ from stateofgpt.model.checkpoint import load_model
 from stateofgpt.model.gpt import GPT
 from stateofgpt.run import Run, Stage
 from stateofgpt.stages.transcript import written
+from stateofgpt.stages.varied import varied
+from stateofgpt.stages.watch import STOPPED
 from stateofgpt.text.chat import ChatFormat, Conversation, Message
 from stateofgpt.text.tokenizer import Tokenizer
 
@@ -52,12 +55,14 @@ TRICK_SKILLS = (
 )
 NAME_QUESTION = "Invent a name for a creature."
 N_NAMES = 100
+VARIED, ANSWERS = 16, 8  # prompts, and answers to each
 
 
 @dataclass(frozen=True)
 class Config:
     """How many held-out questions: `key` for each of the five that the talk is about, `other` for the rest, `tricks`
-    for each way of prompting the base model. With `seconds` all three are scaled down where the machine is slow."""
+    for each way of prompting the base model, and `varied` of which each gets `answers` answers to see how different
+    they are (None: 16 and 8). With `seconds` the questions are fewer where the machine is slow."""
 
     seconds: float | None = None
     key: int = 150
@@ -66,6 +71,8 @@ class Config:
     shots: int = 3
     max_tokens: int = 170
     names_temperature: float = 1.0
+    varied: int | None = None
+    answers: int | None = None
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
@@ -97,6 +104,7 @@ class _Evaluation:
         answers: dict[str, dict[str, str]] = {}
         diversity: dict[str, Any] = {}
         models = {name: load_model(folder) for name, folder in self.folders.items()}
+        stopped = self.run.stage("rl").dir / STOPPED  # what a guard of reinforcement learning gave up
         scale = self.stage.decide("scale", lambda: {"scale": self._scale(models["sft"])})["scale"]
         tricks = self._tricks(models["base"], scale) if "base" in models else {}
         for name, model in models.items():
@@ -105,11 +113,20 @@ class _Evaluation:
             else:
                 skills[name], answers[name] = self._skills(model, scale)
             diversity[name] = self._names(name, model)
+        kept = {**models, **({"rl_stopped": load_model(stopped)} if stopped.exists() else {})}
+        variety = {name: self._variety(name, model, scale) for name, model in kept.items()}
         questions = list(answers["sft"])
         if "base" in models:
             answers = {"base": self._tricked(models["base"], questions), **answers}
         examples = [{"question": q, "answers": {name: told[q] for name, told in answers.items()}} for q in questions]
-        return {"skills": skills, "base_tricks": tricks, "diversity": diversity, "examples": examples, "scale": scale}
+        return {
+            "skills": skills,
+            "base_tricks": tricks,
+            "diversity": diversity,
+            "variety": variety,
+            "examples": examples,
+            "scale": scale,
+        }
 
     # ---- skills ---------------------------------------------------------------------------------------------------
 
@@ -127,7 +144,8 @@ class _Evaluation:
         session.converse([conversation(p) for p in trial], self._params(0.0))
         per_question = (time.perf_counter() - start) / len(trial)
         key, other = len(KEY_SKILLS) * self.config.key, (len(SKILLS) - len(KEY_SKILLS)) * self.config.other
-        whole = per_question * (2 * (key + 0.4 * other) + 3 * len(TRICK_SKILLS) * self.config.tricks)
+        varied = 3 * (self.config.varied or VARIED) * (self.config.answers or ANSWERS)
+        whole = per_question * (2 * (key + 0.4 * other) + 3 * len(TRICK_SKILLS) * self.config.tricks + varied)
         return min(1.0, self.config.seconds / max(1e-9, whole))
 
     def _params(self, temperature: float, seed: int = 0) -> SamplingParams:
@@ -174,6 +192,15 @@ class _Evaluation:
         texts = [fake_transcript_prompt(Problem("", question, "", "")) for question in questions]
         told = complete_plainly(model, self.tokenizer, texts, temperature=0.0)
         return {question: written(answer) for question, answer in zip(questions, told, strict=True)}
+
+    # ---- how different answers are --------------------------------------------------------------------------------
+
+    def _variety(self, name: str, model: GPT, scale: float) -> dict[str, float]:
+        n = max(4, round((self.config.varied or VARIED) * scale))
+        asked = prompts(self.run.seed, n, PromptConfig(), "heldout", 30_000)
+        each, most = self.config.answers or ANSWERS, self.config.max_tokens
+        seed, chat = self.run.seed * 1_000_003 + 7, name != "base"
+        return varied(model, self.tokenizer, asked, each, chat=chat, max_tokens=most, seed=seed)
 
     # ---- entropy and names ----------------------------------------------------------------------------------------
 

@@ -290,6 +290,7 @@ class _Round:
                 own,
                 self.config.own_share,
                 self.set.mixed(self.run.seed, 1, self.config.replay),
+                self.set.held_out,
             ).work()
 
     def _askable(self, rankings: Sequence[Ranking]) -> list[Conversation]:

@@ -21,8 +21,7 @@ from stateofgpt.assistant.session import Session, Turn
 from stateofgpt.assistant.tools import Toolbox
 from stateofgpt.data.comparisons import Ranking, read_rankings
 from stateofgpt.data.prompts import PromptConfig
-from stateofgpt.data.skills import Problem, manner_of
-from stateofgpt.data.skills.problems import ARITHMETIC
+from stateofgpt.data.skills import Problem
 from stateofgpt.data.tasks import tasks_of
 from stateofgpt.errors import ConfigError
 from stateofgpt.eval.diversity import sign_flip_test
@@ -30,6 +29,7 @@ from stateofgpt.eval.suites import conversation
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import save_checkpoint
 from stateofgpt.rl.group import GroupConfig
+from stateofgpt.rl.guards import GuardConfig
 from stateofgpt.rl.labeller import SimulatedLabeller
 from stateofgpt.rl.optimization import Logprobs, UpdateConfig
 from stateofgpt.rl.preference import OfflineConfig
@@ -44,8 +44,11 @@ from stateofgpt.stages.algorithms import (
     rankings_of,
     scorer_of,
 )
+from stateofgpt.stages.judge import rankings_apart
 from stateofgpt.stages.learners import kept, learned
+from stateofgpt.stages.manners import shares
 from stateofgpt.stages.transcript import written
+from stateofgpt.stages.watch import STOPPED, restore, watch_of
 from stateofgpt.stages.way import way_of
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
@@ -53,7 +56,6 @@ from stateofgpt.train.loss import Way
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
-MANNERS = ("direct", "steps", "tool")
 FIRST = 50_000  # the index of the first prompt asked: the reward stage asks those from 0
 LOOKED_AT = 16  # prompts of an iteration that learns from rankings
 SHOWN = 2  # rollouts of every iteration that are kept to read
@@ -89,6 +91,7 @@ class Config:
     groups: GroupConfig | None = None
     offline: OfflineConfig | None = None
     lora: int | None = None  # the rank of adapters that are trained in place of all weights
+    guards: GuardConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.seconds is None) == (self.iterations is None):
@@ -120,8 +123,9 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         reward = None if normal is None else rewarding.checkpoint
         mean, std = (0.0, 1.0) if normal is None else (normal["mean"], normal["std"])
         rankings = rankings_of(run, config.rankings) if config.chosen in OFFLINE else ()
+        apart = None if config.reward == "verified" else rankings_apart(run, (config.guards or GuardConfig()).rankings)
         return PolicyTraining(
-            config, run, stage, run.stage("sft").checkpoint, reward, way, mean, std, rankings=rankings
+            config, run, stage, run.stage("sft").checkpoint, reward, way, mean, std, rankings=rankings, apart=apart
         ).work()
 
 
@@ -156,6 +160,7 @@ class PolicyTraining:
         own: Sequence[Conversation] = (),
         own_share: float = 0.0,
         rankings: Sequence[Ranking] = (),
+        apart: Sequence[Ranking] | None = None,
     ) -> None:
         self.config, self.run, self.stage, self.start, self.reward = config, run, stage, start, reward
         algorithm, self.group = config.chosen, group_of(config.chosen, config.group)
@@ -195,6 +200,10 @@ class PolicyTraining:
         self.session = Session(self.engine, self.chat, Toolbox())
         # the policy before the last update: what remains when that update leads past the KL budget
         self.within_budget = kept(self.policy)
+        self.watch = watch_of(
+            config.guards or GuardConfig(), run, stage, start, self.optimization, self.tasks, self.chat, way,
+            lambda asked: self._answer(asked, run.seed * 1_000_003 - 2), self._true_scores, apart,
+        )  # fmt: skip
 
     def work(self) -> dict[str, Any]:
         held_out = self.tasks.problems(self.config.held_out_prompts, "heldout", 10_000)
@@ -206,16 +215,21 @@ class PolicyTraining:
             first = saved[0]
             self._load(saved[1], saved[2])
         self.stage.truncate_metrics(first if first else -1)
+        self.watch.begin()
         last_save = time.monotonic()
         stopped = ""
         for i in range(first, iterations):
             kl = self._iterate(i, iterations)
             if kl > self.config.max_kl:
                 stopped = f"KL {kl:.1f} passed the budget of {self.config.max_kl:g} nats at iteration {i + 1}"
-                self._restore(self.within_budget)
+                restore(self.policy, self.within_budget)
+                break
+            if stopped := self.watch.after(i + 1):
+                self._save(self.stage.dir / STOPPED, {"kl": kl})
+                restore(self.policy, self.watch.best)
                 break
             if time.monotonic() - last_save > self.config.save_every_s or i + 1 == iterations:
-                state.save(i + 1, self._tensors(), self.optimization.numbers())
+                state.save(i + 1, self._tensors(), self.optimization.numbers() | self.watch.numbers())
                 last_save = time.monotonic()
         return self._finish(before, held_out, iterations, stopped)
 
@@ -231,7 +245,7 @@ class PolicyTraining:
             watched |= self.optimization.update(experience, order, factor, watched["kl"])
         turns = turns[: len(asked)]
         scores = self._true_scores(asked, turns)
-        self.stage.log(i + 1, **watched, true_score=fmean(scores), **_shares(asked, turns))
+        self.stage.log(i + 1, **watched, true_score=fmean(scores), **shares(asked, turns))
         for problem, turn, score in list(zip(asked, turns, scores, strict=True))[:SHOWN]:
             self.stage.sample(i + 1, prompt=problem.question, text=written(turn.messages), true_score=score)
         return watched["kl"]
@@ -264,7 +278,7 @@ class PolicyTraining:
             "entropy": watched["entropy"],
             "length": watched["length"],
             "proxy_reward": watched["proxy_reward"],
-            **_shares(held_out, turns),
+            **shares(held_out, turns),
         }
 
     def _affordable(self) -> int:
@@ -281,21 +295,18 @@ class PolicyTraining:
         seconds = time.perf_counter() - start
         self._load(tensors, numbers)
         measuring = self.stage.seconds() - seconds
+        seconds += self.watch.seconds(measuring / self.config.held_out_prompts)
         return max(4, int((self.config.seconds - self.stage.seconds() - measuring) / seconds))
 
     def _tensors(self) -> dict[str, Tensor]:
-        before = learned(self.policy, self.within_budget)
-        return self.optimization.tensors() | {f"within_budget.{n}": t for n, t in before.items()}
+        before = {f"within_budget.{n}": t for n, t in learned(self.policy, self.within_budget).items()}
+        return self.optimization.tensors() | before | self.watch.tensors()
 
-    def _load(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+    def _load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         self.optimization.load(tensors, numbers)
+        self.watch.load(tensors, numbers)
         prefix = "within_budget."
         self.within_budget |= {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-    @torch.no_grad()
-    def _restore(self, weights: dict[str, Tensor]) -> None:
-        for name, p in self.policy.named_parameters():
-            p.copy_(weights[name])
 
     def _finish(
         self, before: dict[str, Any], held_out: Sequence[Problem], iterations: int, stopped: str
@@ -315,19 +326,23 @@ class PolicyTraining:
             "entropy_rl": after["entropy"],
             "before": {k: v for k, v in before.items() if k != "scores"},
             "after": {k: v for k, v in after.items() if k != "scores"},
+            "guards": self.watch.told(),
         }
+        self._save(self.stage.checkpoint, {"true_score": result["true_rl"], "kl": result["kl"]})
+        TrainState(self.stage.resume_dir).clear()
+        self.stage.finish(result)
+        return result
+
+    def _save(self, folder: Path, metrics: dict[str, float]) -> None:
         save_checkpoint(
-            self.stage.checkpoint,
+            folder,
             self.policy,
             tokenizer=self.tokenizer,
             stage="rl",
             run=self.run.root.name,
             parents=[self.start] if self.reward is None else [self.start, self.reward],
-            metrics={"true_score": result["true_rl"], "kl": result["kl"]},
+            metrics=metrics,
         )
-        TrainState(self.stage.resume_dir).clear()
-        self.stage.finish(result)
-        return result
 
 
 T = TypeVar("T")
@@ -336,9 +351,3 @@ T = TypeVar("T")
 def _repeated(items: Sequence[T], times: int) -> list[T]:
     """Each item `times` times, its copies side by side."""
     return [item for item in items for _ in range(times)]
-
-
-def _shares(asked: Sequence[Problem], turns: Sequence[Turn]) -> dict[str, float]:
-    """In what manner plain sums were answered."""
-    manners = [manner_of(t.messages) for p, t in zip(asked, turns, strict=True) if p.skill == ARITHMETIC[0]]
-    return {f"share_{m}": sum(m == made for made in manners) / max(1, len(manners)) for m in MANNERS}
