@@ -231,7 +231,7 @@ def _recipe_options(parser: Parser) -> None:
 
 
 def _reward_options(parser: Parser) -> None:
-    """`sog reward` alone is a run's stage; with a file it is a reward model from people's votes, or a model's health."""
+    """`sog reward` alone is a run's stage; with a file, a reward model from people's votes, or the health of one."""
     parser.set_defaults(act=act.reward)
     parser.usage = (
         "sog reward --out RUN [...]                      the run's own stage\n"

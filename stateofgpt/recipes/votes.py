@@ -53,14 +53,14 @@ def train(
         context=context,
     )
     with Run.open(out, RECIPE, to_dict(config), seed, ignore_keys=("seconds", "data", "model")) as run:
-        result = votes.run(config, run, lambda line: console.print(f"[dim]{line}[/dim]"))
+        result = votes.run(config, run, lambda line: console.print(line, style="dim", markup=False, soft_wrap=True))
         write_json(run.summary_path, {"reward": {k: v for k, v in result.items() if k != "examples"}})
         build(run.root)
         if as_json:
             print(json.dumps(plain(result), indent=2, ensure_ascii=False))
             return
-        console.print("\n".join(told(result["health"])), markup=False)
-        console.print(f"\nmodel     {run.stage('reward').checkpoint}\nreport    {run.report_path}", markup=False)
+        console.print("\n" + "\n".join(told(result["health"])), markup=False, soft_wrap=True)
+        console.print(f"\nmodel     {run.stage('reward').checkpoint}\nreport    {run.report_path}", markup=False, soft_wrap=True)
 
 
 def health(model: Path, data: Path, *, as_json: bool) -> None:

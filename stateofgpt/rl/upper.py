@@ -44,7 +44,7 @@ class Upper(nn.Module):
         self.register_buffer("cos", trunk.cos, persistent=False)
         self.register_buffer("sin", trunk.sin, persistent=False)
         if lora is not None:
-            add_lora(self, lora, torch.Generator().manual_seed(seed))
+            add_lora(self, lora, torch.Generator().manual_seed(seed % 2**63))
 
     def forward(self, x: Tensor, packed: PackedBatch) -> Tensor:
         """Scores of all completions of a batch, in order, from hidden states `x` [B, T, C] before the first block."""
