@@ -127,7 +127,7 @@ def test_probabilities_that_come_true_are_calibrated_and_doubled_ones_are_not() 
 
 def test_a_model_that_likes_length_is_found_out() -> None:
     rankings = votes(500, longer_wins=0.6)
-    scores = [[0.1 * len(c[0].content) for c in r.completions] for r in rankings]
+    scores = [[float(len(c[0].content)) for c in r.completions] for r in rankings]
     found = length_bias(pairs_of(scores, rankings))
     assert found["longer_better"]["accuracy"]["value"] == 1.0
     assert found["shorter_better"]["accuracy"]["value"] == 0.0
@@ -185,9 +185,9 @@ def test_an_ensemble_of_one_mind_is_never_split() -> None:
 def test_a_good_model_is_trusted_and_the_same_on_its_own_votes_is_not() -> None:
     rankings = votes(1000)
     scores = judged(rankings, 0.8, scale=math.log(4))
-    found = health(scores, rankings, ceiling=0.82)
+    found = health(scores, rankings, ceiling=0.81)
     assert found["verdict"]["word"] == "trusted", found["verdict"]
-    seen = health(scores, rankings, ceiling=0.82, seen=True)["verdict"]
+    seen = health(scores, rankings, ceiling=0.81, seen=True)["verdict"]
     assert seen["word"] == "not trusted" and "trained on these votes" in seen["reasons"][0]
     assert health(scores, rankings, ceiling=0.95)["verdict"]["word"] == "with care"
     few = health(scores[:100], rankings[:100])["verdict"]

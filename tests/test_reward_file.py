@@ -16,6 +16,7 @@ from stateofgpt.data.vote_file import read_comparisons
 from stateofgpt.model.checkpoint import load_reward, save_checkpoint
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.rl.reward_training import score_rankings
+from stateofgpt.rl.upper import VoteLoss
 from stateofgpt.run import Run, read_json
 from stateofgpt.stages import upper_training, vote_features, votes
 from stateofgpt.text.chat import ChatFormat
@@ -78,7 +79,7 @@ def test_a_file_and_a_model_are_enough(place: Path, tmp_path: Path, capsys: pyte
     result = read_json(tmp_path / "run" / "reward" / "result.json")
     found = result["health"]
     assert found["accuracy"]["low"] > found["baselines"]["longer"]["accuracy"]
-    assert found["accuracy"]["value"] > 0.85 and found["ceiling"] > 0.9
+    assert found["accuracy"]["value"] > 0.85 and found["ceiling"] > 0.8
     assert result["votes"]["bad_rows"] == 1 and result["packing"] > 1.2
     assert [row["rankings"] for row in result["by_data"]] == sorted(row["rankings"] for row in result["by_data"])
     # the checkpoint alone gives what was learned: on its own votes at least as right as across folds
@@ -110,13 +111,17 @@ def test_upper_blocks_learn_and_a_kill_changes_nothing(
     more: tuple[object, ...], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vote_features, "_fastest", lambda *_: "float32")
-    monkeypatch.setattr(upper_training.LoopConfig, "save_every_s", 0.0, raising=False)
+    loop = upper_training.LoopConfig
+    monkeypatch.setattr(upper_training, "LoopConfig", lambda optim: loop(optim=optim, save_every_s=0.0))
     assert learn(place, tmp_path / "whole", *more) == 0
     result = read_json(tmp_path / "whole" / "reward" / "result.json")
     assert result["pair_accuracy"] > 0.85 and 0.5 < result["head_accuracy"] <= 1.0
 
-    # killed after some features, in the middle of a fold, and before the last training
-    for module, name, calls in ((vote_features, "compute", 4), (votes, "train_upper", 2), (votes, "train_upper", 2)):
+    # killed after some features, in the middle of the first fold, between folds and in the middle of the last training
+    kills: list[tuple[Any, str, int]] = [
+        (vote_features, "compute", 2), (VoteLoss, "__call__", 4), (votes, "train_upper", 2), (VoteLoss, "__call__", 20),
+    ]  # fmt: skip
+    for module, name, calls in kills:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, name, dies_after(getattr(module, name), calls))
             with pytest.raises(Killed):

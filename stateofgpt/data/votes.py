@@ -18,7 +18,7 @@ Arena (2403.04132).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,7 +218,7 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Mapping[str, Any]], Ranking | Thumb]] = {
     "ranked": ranking_from_row,
     "pairs": _pair,
     "transcripts": _transcripts,

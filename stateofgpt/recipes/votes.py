@@ -60,7 +60,9 @@ def train(
             print(json.dumps(plain(result), indent=2, ensure_ascii=False))
             return
         console.print("\n" + "\n".join(told(result["health"])), markup=False, soft_wrap=True)
-        console.print(f"\nmodel     {run.stage('reward').checkpoint}\nreport    {run.report_path}", markup=False, soft_wrap=True)
+        console.print(
+            f"\nmodel     {run.stage('reward').checkpoint}\nreport    {run.report_path}", markup=False, soft_wrap=True
+        )
 
 
 def health(model: Path, data: Path, *, as_json: bool) -> None:

@@ -155,9 +155,9 @@ def choose(
             for s, head in enumerate(fit_heads(x, learn, strengths)):
                 margin = x[test.first] @ head - x[test.second] @ head
                 losses[column, s] += _loss(margin, test.target, test.weight)
-    column, s = np.unravel_index(int(losses.argmin()), losses.shape)
+    best, of = divmod(int(losses.argmin()), len(strengths))
     total = float(pairs.of(among).weight.sum())
-    return Choice(int(column), float(strengths[int(s)]), float(losses[column, s]) / max(1e-12, total))
+    return Choice(best, strengths[of], float(losses[best, of]) / max(1e-12, total))
 
 
 def redrawn(pairs: Judged, among: Ints, seed: int) -> Judged:

@@ -31,6 +31,9 @@ class Upper(nn.Module):
     With `lora` the blocks are frozen and adapters of that rank learn beside them; else all of this learns.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, gpt: GPT, cut: int, head: Floats, lora: LoraConfig | None, seed: int) -> None:
         super().__init__()
         trunk = gpt.model

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -40,8 +41,8 @@ class Material:
     rows: tuple[PackedRow, ...]
     pairs: Judged
     depths: tuple[int, ...]
-    last: Floats
-    mean: Floats
+    last: NDArray[np.float32]
+    mean: NDArray[np.float32]
     states: tuple[Tensor, ...]
     way: Way
     n_left_out: int
