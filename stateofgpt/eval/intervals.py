@@ -48,8 +48,7 @@ def clustered_mean(
 ) -> Interval:
     """The mean of `values` with a percentile bootstrap over whole groups.
 
-    Where all groups have the same mean a bootstrap is a point; Wilson's interval on the number of groups then stands
-    in for values from 0 to 1.
+    Where all groups have the same mean a bootstrap is a point; the width of Wilson's interval then stands in.
     """
     x = np.asarray(values, np.float64)
     if not len(x):
@@ -58,9 +57,9 @@ def clustered_mean(
     codes = np.array([number.setdefault(group, len(number)) for group in groups])
     sums, counts = np.bincount(codes, x), np.bincount(codes).astype(np.float64)
     mean = float(x.mean())
-    if np.ptp(sums / counts) == 0.0 and 0.0 <= mean <= 1.0:
-        exact = wilson(mean * len(counts), len(counts))
-        return Interval(mean, exact.low, exact.high)
+    if np.ptp(sums / counts) == 0.0:
+        width = Z95**2 / (len(counts) + Z95**2)  # of Wilson's interval where all are right, or all wrong
+        return Interval(mean, max(mean - width, min(0.0, mean)), min(mean + width, max(1.0, mean)))
     rng = np.random.default_rng(seed)
     draws = np.empty(resamples)
     for i in range(resamples):
