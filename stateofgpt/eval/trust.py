@@ -54,7 +54,9 @@ def _accuracy(health: Mapping[str, Any]) -> Found:
         grave.append(f"It is {told}: no better.")
     if (ceiling := health["ceiling"]) is not None and ceiling > 0.5:
         way = (accuracy["value"] - 0.5) / (ceiling - 0.5)
-        text = f"The votes' own noise allows about {_percent(ceiling)}: it is {_percent(way, 0)} of the way from chance."
+        text = (
+            f"The votes' own noise allows about {_percent(ceiling)}: it is {_percent(way, 0)} of the way from chance."
+        )
         (good if way >= NEAR_CEILING else doubts).append(text)
     return grave, doubts, good
 

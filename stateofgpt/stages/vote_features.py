@@ -73,7 +73,6 @@ def material(
     way = Way(stage.decide("features", lambda: {"dtype": _fastest(model, rows[:TIMED], chat, depths)})["dtype"])
     folder = stage.dir / "features"
     folder.mkdir(exist_ok=True)
-    began = time.monotonic()
 
     def chunk(start: int) -> dict[str, Tensor]:
         path = folder / f"{start:07d}.safetensors"
@@ -86,8 +85,13 @@ def material(
         write_atomic(path, save_tensors(tensors))
         return tensors
 
-    parts = [chunk(0)]
-    per_token = (time.monotonic() - began) / max(1, sum(map(len, rows[:CHUNK])))
+    def timed() -> dict[str, float]:
+        (folder / f"{0:07d}.safetensors").unlink(missing_ok=True)  # of an attempt that ended before it was timed
+        began = time.monotonic()
+        chunk(0)
+        return {"per_token": (time.monotonic() - began) / max(1, sum(map(len, rows[:CHUNK])))}
+
+    per_token = stage.decide("speed", timed)["per_token"]
 
     def fitting() -> dict[str, int]:
         tokens, n = 0.0, 0
@@ -100,7 +104,7 @@ def material(
     n = stage.decide("rankings", fitting)["rankings"]
     total = sum(map(len, rows[:n]))
     tell(f"features of {n:,} of {len(rows):,} rankings, {total:,} tokens, about {total * per_token:.0f} s")
-    parts += [chunk(start) for start in range(CHUNK, n, CHUNK)]
+    parts = [chunk(start) for start in range(0, n, CHUNK)]
     return _together([rankings[i] for i in order[:n]], rows[:n], parts, depths, way, len(rows) - n)
 
 
