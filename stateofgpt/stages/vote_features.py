@@ -28,6 +28,7 @@ from stateofgpt.run import Stage, write_atomic
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.train.loss import Dtype, Way
 
+FEATURES = "features"  # the folder of the chunks
 CHUNK = 64  # rankings computed and stored together
 TIMED = 8  # rankings by which the precision is chosen
 
@@ -71,7 +72,7 @@ def material(
     rows = [pack(chat, rankings[i], context) for i in order]
     depths = depths_of(model.config.num_hidden_layers)
     way = Way(stage.decide("features", lambda: {"dtype": _fastest(model, rows[:TIMED], chat, depths)})["dtype"])
-    folder = stage.dir / "features"
+    folder = stage.dir / FEATURES
     folder.mkdir(exist_ok=True)
 
     def chunk(start: int) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ and the result with its health. How a file is read, features are kept and folds 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from stateofgpt.model.heads import RewardModel
 from stateofgpt.rl.linear import Choice, Floats, Ints, Judged, choose, fit_heads, folds_of, redrawn
 from stateofgpt.run import Run, Stage, sha256_file
 from stateofgpt.stages.upper_training import UpperConfig, train_upper
-from stateofgpt.stages.vote_features import Material, material
+from stateofgpt.stages.vote_features import FEATURES, Material, material
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.text.tokenizer import Tokenizer
 
@@ -236,6 +237,7 @@ class _Voting:
             metrics={"pair_accuracy": result["pair_accuracy"], "trained_on": self.stage.decide("inputs", dict)["data"]},
         )  # fmt: skip
         self.stage.finish(result)
+        shutil.rmtree(self.stage.dir / FEATURES, ignore_errors=True)
         return result
 
     def _final(self, made: Material) -> tuple[RewardModel, list[list[float]]]:
