@@ -114,7 +114,7 @@ def test_the_report_holds_the_numbers_of_the_run(html: str) -> None:
 
 def test_every_chart_says_in_words_what_it_shows(html: str) -> None:
     pictures = [a for tag, a in _Page(html).elements if tag == "svg"]
-    assert len(pictures) == 13
+    assert len(pictures) == 15
     assert all(a.get("role") == "img" and len(a.get("aria-label") or "") > 20 for a in pictures)
 
 

@@ -196,16 +196,7 @@ class _Voting:
         model, final = self._final(made)
         spread = [score for row in final for score in row]
         result: dict[str, Any] = {
-            "votes": {
-                "file": found.path.name,
-                "form": found.form,
-                "rows": found.n_rows,
-                "bad_rows": found.n_faults,
-                "faults": list(found.faults),
-                "ties": found.n_ties,
-                "unpaired": found.n_unpaired,
-                "left_out": made.n_left_out,
-            },
+            "votes": _about(found, made.n_left_out),
             "n_prompts": measured["n_prompts"],
             "n_pairs": measured["n_pairs"],
             "n": measured["n_pairs"],
@@ -269,6 +260,20 @@ class _Voting:
         )
         upper.module.put_into(model, self.cut)
         return model, upper.scores(made, everything)
+
+
+def _about(found: Comparisons, n_left_out: int) -> dict[str, Any]:
+    """What the file held, and what of it was not learned from."""
+    return {
+        "file": found.path.name,
+        "form": found.form,
+        "rows": found.n_rows,
+        "bad_rows": found.n_faults,
+        "faults": list(found.faults),
+        "ties": found.n_ties,
+        "unpaired": found.n_unpaired,
+        "left_out": n_left_out,
+    }
 
 
 def _cut(config: Config, n_layers: int) -> int | None:
