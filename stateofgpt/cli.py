@@ -150,6 +150,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         stage.option("--recipe", help="default: the recipe of the run in --out, else laptop")
         _recipe_options(stage)
 
+    _reward_options(verbs["reward"])
+
     report = verb("report", act.report, "write the run's report, one HTML file")
     report.add_argument("run", nargs="?", metavar="RUN", help="a run folder or its name; default: the newest")
 
@@ -226,6 +228,25 @@ def _recipe_options(parser: Parser) -> None:
     )
     parser.option("--from", dest="start", metavar="MODEL", help="begin from this model: a folder, or RUN:stage")
     parser.epilog = "Every setting can be set: --pretrain.lr 0.02. The same command continues unfinished work."
+
+
+def _reward_options(parser: Parser) -> None:
+    """`sog reward` alone is a run's stage; with a file, a reward model from people's votes, or the health of one."""
+    parser.set_defaults(act=act.reward)
+    parser.usage = (
+        "sog reward --out RUN [...]                      the run's own stage\n"
+        "       sog reward DATA --from MODEL [--lora R | --layers N] [--folds K] [--minutes M] [--out RUN]\n"
+        "       sog reward --health MODEL DATA [--json]         can this reward model be trusted?"
+    )
+    parser.add_argument(
+        "data", nargs="?", metavar="DATA", type=Path, help="a file of people's votes: .jsonl or .json, also .gz"
+    )
+    parser.option("--health", metavar="MODEL", help="measure this reward model on DATA; nothing is trained")
+    parser.option("--lora", type=to_count, metavar="R", help="with DATA: adapters of rank R learn in the last blocks")
+    parser.option("--layers", type=to_count, metavar="N", help="with DATA: the last N blocks learn (with --lora: 4)")
+    parser.option("--folds", type=to_count, metavar="K", help="with DATA: parts of the cross-validation (default 5)")
+    parser.option("--context", type=to_count, help="with DATA: tokens of a prompt and its longest answer (default 512)")
+    parser.option("--json", action="store_true", help="with DATA: the whole health as JSON")
 
 
 def _model_argument(parser: Parser, *, optional: bool = False) -> None:

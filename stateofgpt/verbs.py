@@ -32,6 +32,10 @@ def run_stage(options: argparse.Namespace) -> None:
     out = options.out or Path("runs") / (options.recipe or "laptop")
     here = Run.read(out) if (out / "run.json").is_file() else None
     name = options.recipe or (here.recipe if here else "laptop")
+    if here and here.recipe == "votes":
+        raise ConfigError(
+            f"{out} was made from a file of votes; `sog reward DATA --from MODEL --out {out}` continues it"
+        )
     if options.seed is None and here:
         options.seed = here.seed
     recipe = _load(options, name)
@@ -42,6 +46,39 @@ def run_stage(options: argparse.Namespace) -> None:
             if options.overrides:
                 raise
     runner(name)(recipe, out, only=options.verb)
+
+
+def reward(options: argparse.Namespace) -> None:
+    """A run's reward stage; with a file of votes a reward model from it, or the health of one."""
+    only_with_data = ("health", "lora", "layers", "folds", "context", "json")
+    if options.data is None:
+        for name in only_with_data:
+            if getattr(options, name):
+                raise ConfigError(f"--{name} needs a file of votes: sog reward DATA ...")
+        return run_stage(options)
+    if options.recipe is not None or options.corpus is not None or options.overrides:
+        name = next(iter(options.overrides), "recipe" if options.recipe is not None else "corpus")
+        raise ConfigError(f"--{name} is for a run's own stage and means nothing beside a file of votes")
+    if not options.data.exists():
+        raise DataError(f"{options.data}: there is no such file")
+    from stateofgpt.recipes import votes
+
+    if options.health is not None:
+        return votes.health(resolve_model(options.health), options.data, as_json=options.json)
+    if options.start is None:
+        raise ConfigError("a reward model begins from a model: give --from MODEL (`sog import smollm2` brings one)")
+    return votes.train(
+        options.data,
+        resolve_model(options.start),
+        options.out or Path("runs") / f"votes-{options.data.name.split('.')[0]}",
+        minutes=options.minutes,
+        seed=options.seed or 0,
+        as_json=options.json,
+        lora=options.lora,
+        layers=options.layers,
+        folds=options.folds or 5,
+        context=options.context or 512,
+    )
 
 
 def _load(options: argparse.Namespace, name: str) -> Any:

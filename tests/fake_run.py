@@ -8,7 +8,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from stateofgpt.data.comparisons import Ranking
+from stateofgpt.eval.health import health
 from stateofgpt.run import Run, write_json
+from stateofgpt.text.chat import Message
 from stateofgpt.text.tokenizer import Tokenizer
 
 SOURCES = {
@@ -187,9 +190,27 @@ def _reward(run: Run, rng: random.Random) -> None:
             "n_pairs": 5400,
             "simulated": True,
             "examples": examples,
+            "health": _health(),
+            "by_data": [{"rankings": n, "accuracy": 0.6 + n / 5000} for n in (100, 200, 400, 800)],
+            "by_depth": [{"depth": d, "last": 0.7 + d / 100, "mean": 0.7} for d in (2, 4)],
         }
     )
     _checkpoint(stage.checkpoint, "cccc", "laptop:reward", "reward", ["bbbb"], {"pair_accuracy": 0.884})
+
+
+def _health() -> dict[str, Any]:
+    """Of made-up scores that are right on four of five pairs, and of people who are of one mind on most."""
+    rng = random.Random(3)
+    rankings, scores = [], []
+    for i in range(300):
+        lengths = rng.sample(range(1, 60), 2)
+        answers = tuple((Message("assistant", "x" * n),) for n in lengths)
+        votes = ((1, 2), (1, 2), (1, 2) if rng.random() < 0.9 else (2, 1))
+        rankings.append(
+            Ranking((Message("user", f"{i}?"),), answers, (1, 2), votes=votes, margin=rng.choice((0.3, 1.0)))
+        )
+        scores.append([1.4, 0.0] if rng.random() < 0.8 else [0.0, 1.4])
+    return health(scores, rankings, ceiling=0.95, ensemble=[scores, scores])
 
 
 def _rl(run: Run, rng: random.Random) -> None:

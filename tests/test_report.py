@@ -83,6 +83,7 @@ def test_the_chapters_come_in_the_order_of_the_talk_and_the_contents_link_to_the
         "base",
         "sft",
         "reward",
+        "health",
         "rl",
         "skills",
         "diversity",
@@ -104,6 +105,7 @@ def test_the_report_holds_the_numbers_of_the_run(html: str) -> None:
         "from 0.612 to 0.874", "1,261", "1,229 – 1,298", "AMD EPYC 9R45", "25 GB", "2.31 GB of memory", "67.0%",
         "1.661", "1.976", "sog improve laptop", "24,000 demonstrations",
         "5,400 pairs of answers to 900 prompts", "lookup(Ohio, area)", "calculator 4729+386", "RL, after",
+        "Verdict: with care", "People preferred the shorter", "Annotator 2",
         "60 of 100 different", "enots", "calculator(39538223 / 733391)",
     ):  # fmt: skip
         assert fact in text, fact
@@ -112,7 +114,7 @@ def test_the_report_holds_the_numbers_of_the_run(html: str) -> None:
 
 def test_every_chart_says_in_words_what_it_shows(html: str) -> None:
     pictures = [a for tag, a in _Page(html).elements if tag == "svg"]
-    assert len(pictures) == 13
+    assert len(pictures) == 15
     assert all(a.get("role") == "img" and len(a.get("aria-label") or "") > 20 for a in pictures)
 
 

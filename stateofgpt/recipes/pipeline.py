@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from stateofgpt.config import to_dict
-from stateofgpt.data.comparisons import read_rankings
 from stateofgpt.data.demonstrations import read_demonstrations
+from stateofgpt.data.vote_file import read_comparisons
 from stateofgpt.errors import ConfigError, RunError
 from stateofgpt.recipes.recipe import Recipe
 from stateofgpt.recipes.summary import write_summary
@@ -94,7 +94,7 @@ def _check_own_files(recipe: Recipe, run: Run) -> None:
         for file in recipe.sft.files:
             read_demonstrations(Path(file))
     if "reward" not in done and recipe.reward.rankings is not None:
-        read_rankings(recipe.reward.rankings)
+        read_comparisons(recipe.reward.rankings).strict()
     if "rl" not in done:
         rl.check(recipe.rl, run.seed, rewarded="reward" in recipe.order())
 

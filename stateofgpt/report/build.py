@@ -11,7 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from stateofgpt.report import assistants, overoptimise, pages, sizes, training, verdicts
+from stateofgpt.report import assistants, health, overoptimise, pages, sizes, training, verdicts
 from stateofgpt.report.pages import count, decimal, duration
 from stateofgpt.report.record import MODELS, Record, mapping, number
 from stateofgpt.run import Run, write_atomic
@@ -25,6 +25,7 @@ CHAPTERS = (
     assistants.base_tricks,
     assistants.finetuning,
     assistants.reward,
+    health.health,
     assistants.reinforcement,
     assistants.skills,
     verdicts.diversity,
@@ -39,6 +40,7 @@ NEEDS: dict[object, str] = {  # chapters about a stage: left out where the recip
     assistants.base_tricks: "eval",
     assistants.finetuning: "sft",
     assistants.reward: "reward",
+    health.health: "reward",
     assistants.reinforcement: "rl",
     assistants.skills: "eval",
     verdicts.diversity: "eval",
@@ -68,9 +70,16 @@ def render(record: Record) -> str:
     """The page."""
     title = _title(record)
     chapters = [chapter for chapter in CHAPTERS if NEEDS.get(chapter, record.order[0]) in record.order]
+    if _of_votes(record):
+        chapters = [health.health, verdicts.family]
     if record.sizes:
         chapters.insert(chapters.index(training.pretraining) + 1, sizes.sizes)
     return pages.page(title, _head(record, title), [chapter(record) for chapter in chapters], _foot(record))
+
+
+def _of_votes(record: Record) -> bool:
+    """Whether the run is a reward model made of a file of votes, with no stage before it."""
+    return record.order == ("reward",)
 
 
 def _total(record: Record) -> float:
@@ -80,6 +89,8 @@ def _total(record: Record) -> float:
 
 def _title(record: Record) -> str:
     total = _total(record)
+    if _of_votes(record):
+        return "A reward model, made of people’s votes"
     what, made = ("An assistant", "raised") if "sft" in record.order else ("A base model", "trained")
     if not (record.leaderboard() if "arena" in record.order else record.result(record.order[-1])):
         return f"{what} in the making"
@@ -97,6 +108,8 @@ def _head(record: Record, title: str) -> Markup:
         f"From raw text to {GOALS[record.order[-1]]}{where}: {pipeline} of Andrej "
         "Karpathy’s talk “State of GPT”, run for real, with the talk’s pictures made from this run."
     )
+    if _of_votes(record):
+        intro = "From votes on pairs of answers to a model that predicts them, and what of that can be trusted."
     figures = [
         (count(number(trained.get("n_params"))), "parameters"),
         (count(number(trained.get("tokens"))), "tokens read"),

@@ -22,14 +22,17 @@ Normalisation = Literal["token", "sequence", "constant"]
 MAX_LOG_RATIO = 20.0  # exp() of 89 is infinite, and its gradient NaN even where the clip ignores it
 
 
-def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
+def ranking_loss(scores: Tensor, ranks: Tensor, margins: Tensor | None = None) -> Tensor:
     """Mean over prompts of the mean over pairs of -log sigmoid(better - worse), InstructGPT equation 1.
 
     `scores`, `ranks` [prompts, K]; rank 1 is best, rank 0 says that there is no such completion; pairs of equal rank do
-    not count. Zero when no pair is left.
+    not count. Zero when no pair is left. `margins` [prompts] are taken off each difference, so that clear cases must be
+    told apart by more (Llama 2, arXiv 2307.09288, equation 2).
     """
     better = _beats(ranks)
     margin = scores[:, :, None] - scores[:, None, :]
+    if margins is not None:
+        margin = margin - margins[:, None, None]
     losses = -F.logsigmoid(margin) * better
     pairs = better.sum((1, 2))
     per_prompt = losses.sum((1, 2)) / pairs.clamp(min=1)

@@ -24,11 +24,13 @@ from stateofgpt.train.optim import OptimConfig
 
 @dataclass(frozen=True)
 class RewardTraining:
-    """How a reward model learns."""
+    """How a reward model learns. `margin`, where it is given, times what a ranking says of its own margin (0 to 1) is
+    by how much its better answer has to score higher; rankings that say nothing have 0."""
 
     prompts_per_step: int = 8
     warmup: int = 4
     decay_share: float = 0.7
+    margin: float | None = None
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(optim=OptimConfig(lr=2.5e-4, muon_lr=0.002, weight_decay=0.0))
     )
@@ -36,10 +38,12 @@ class RewardTraining:
 
 @dataclass(frozen=True)
 class RankedBatch:
-    """`ids` [prompts * K, T] padded on the right; `ranks` [prompts, K], 0 where a prompt has fewer completions."""
+    """`ids` [prompts * K, T] padded on the right; `ranks` [prompts, K], 0 where a prompt has fewer completions;
+    `margins` [prompts], where there are any, are by how much a better answer has to score higher."""
 
     ids: Tensor
     ranks: Tensor
+    margins: Tensor | None = None
 
     @property
     def weight(self) -> float:
@@ -67,8 +71,10 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, limit: int | None = None) ->
     return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.int64)
 
 
-def ranked_batch(chat: ChatFormat, rankings: Sequence[Ranking], context: int) -> RankedBatch:
-    """One batch of several prompts with all their completions."""
+def ranked_batch(
+    chat: ChatFormat, rankings: Sequence[Ranking], context: int, margin: float | None = None
+) -> RankedBatch:
+    """One batch of several prompts with all their completions; `margin` as in `RewardTraining`."""
     most = max(len(r.ranks) for r in rankings)
     rows = [
         conversation_ids(chat, r.prompt, r.completions[min(k, len(r.ranks) - 1)], context)
@@ -76,7 +82,8 @@ def ranked_batch(chat: ChatFormat, rankings: Sequence[Ranking], context: int) ->
         for k in range(most)
     ]
     ranks = torch.tensor([[*r.ranks, *[0] * (most - len(r.ranks))] for r in rankings])
-    return RankedBatch(pad(rows, chat.tokenizer.pad, context), ranks)
+    margins = None if margin is None else torch.tensor([margin * (r.margin or 0.0) for r in rankings])
+    return RankedBatch(pad(rows, chat.tokenizer.pad, context), ranks, margins)
 
 
 class RankingLoss:
@@ -92,7 +99,7 @@ class RankingLoss:
             scores = model.read(hidden, batch.ids).float().view(batch.ranks.shape)
         right, pairs = pair_accuracy(scores.detach(), batch.ranks)
         self.right, self.pairs = self.right + right, self.pairs + pairs
-        return ranking_loss(scores, batch.ranks) * batch.weight
+        return ranking_loss(scores, batch.ranks, batch.margins) * batch.weight
 
     def accuracy(self) -> float:
         """Share of the pairs trained on since the last call that were ordered right before the step."""

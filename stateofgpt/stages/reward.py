@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -18,7 +17,9 @@ from stateofgpt.assistant.tools import Toolbox
 from stateofgpt.data.comparisons import Ranking, read_rankings, write_rankings
 from stateofgpt.data.prompts import PromptConfig, prompts
 from stateofgpt.data.skills import Problem, Split, problem_from_json, problem_to_json
+from stateofgpt.data.vote_file import read_comparisons
 from stateofgpt.errors import ConfigError, DataError
+from stateofgpt.eval.health import health
 from stateofgpt.eval.statistics import spearman
 from stateofgpt.eval.suites import conversation
 from stateofgpt.infer.engine import Engine, SamplingParams
@@ -49,7 +50,7 @@ CHUNK = 24  # prompts sampled at once; a chunk is the unit in which sampling res
 
 @dataclass(frozen=True)
 class Config:
-    """Give `seconds` or `n_prompts`. With `rankings` (a JSONL of people's rankings) nothing is sampled or simulated."""
+    """Give `seconds` or `n_prompts`. With `rankings` (a file of people's votes) nothing is sampled or simulated."""
 
     seconds: float | None = None
     n_prompts: int | None = None
@@ -107,7 +108,7 @@ def learn(
 
     fit(
         Trainer(model, training.loop, way.kernels),
-        lambda step: [ranked_batch(chat, [train[i] for i in order[step]], context)],
+        lambda step: [ranked_batch(chat, [train[i] for i in order[step]], context, training.margin)],
         loss,
         steps=len(order),
         factor=lambda step: warmup_stable_decay(
@@ -148,7 +149,7 @@ class _RewardModelling:
 
     def _rankings(self) -> tuple[list[Ranking], list[Ranking]]:
         if self.config.rankings is not None:
-            own = read_rankings(Path(self.config.rankings))
+            own = read_comparisons(self.config.rankings).strict()
             if len(own) < 20:
                 raise DataError(f"{self.config.rankings} holds {len(own)} rankings; at least 20 are needed")
             held_out = max(2, len(own) // 10)
@@ -224,6 +225,8 @@ class _RewardModelling:
         }
         if self.config.rankings is None:
             result |= self._beside_the_truth(scores, held_out)
+        if pairs:
+            result["health"] = health(scores, held_out, ceiling=result.get("ceiling"), seed=self.run.seed)
         save_checkpoint(
             self.stage.checkpoint,
             model,
