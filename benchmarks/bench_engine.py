@@ -75,7 +75,7 @@ def models(options: argparse.Namespace) -> tuple[GPT, LlamaForCausalLM]:
     return model.eval(), peer.eval()
 
 
-# ------------------------------------------------------------------------------------------------------------- one stream
+# ---- one stream
 
 
 def ours_single(engine: Engine, prompt: list[int], tokens: int) -> Side:
@@ -172,7 +172,7 @@ def single(options: argparse.Namespace) -> dict[str, Any]:
     return compared(sides, options.pairs, "transformers float32", "rate")
 
 
-# ------------------------------------------------------------------------------------------------------------ ragged load
+# ---- ragged load
 
 
 def requests(count: int, vocab: int) -> list[tuple[list[int], int]]:

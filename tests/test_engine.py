@@ -214,7 +214,7 @@ def test_extending_what_is_not_held_is_refused_and_held_requests_hold_up_nobody(
 @pytest.mark.parametrize("native", [False, True])
 def test_a_held_request_that_lost_its_row_and_its_blocks_goes_on_as_if_it_had_not(native: bool) -> None:
     model = make_model()
-    block = Engine(model)._decoder.block_bytes
+    block = Engine(model, native=native)._decoder.block_bytes
     engine = Engine(model, max_batch=1, cache_bytes=4 * block, native=native)  # one full context
     prompt, other = prompts_of(20, 40)
     params = SamplingParams(max_tokens=6, temperature=0.0)

@@ -55,7 +55,11 @@ def model_of(tokenizer: Tokenizer) -> GPT:
 
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"enum": ["Ä", "b\n"]}, "n": {"type": "integer"}, "ok": {"type": "boolean"}},
+    "properties": {
+        "name": {"enum": ["Ä", "b\n"]},
+        "n": {"type": "integer", "minimum": -9, "maximum": 120},
+        "ok": {"type": "boolean"},
+    },
     "required": ["name", "n", "ok"],
     "additionalProperties": False,
 }
@@ -72,12 +76,13 @@ def object_of_the_schema(text: str) -> bool:
 
 
 CHOICES = ["yes", "no", 'a "quoted"\nline', "naïve"]
+PAIR = "[a-c]{1,3}=[0-9]{1,2}"
+GRAMMAR = 'start: pair ("," pair)?\npair: /[a-c]{1,3}/ "=" /[0-9]{1,2}/\n'
 CASES = {
     "json_schema": (json.dumps(SCHEMA), object_of_the_schema),
     "regex": (r"[0-9]{3}-(ab|cd)+!", lambda text: re.fullmatch(r"[0-9]{3}-(ab|cd)+!", text) is not None),
     "choice": (json.dumps(CHOICES), CHOICES.__contains__),
-    "grammar": ('start: "(" start ")" | "x"', lambda text: re.fullmatch(r"\(*x\)*", text) is not None
-                and text.count("(") == text.count(")")),
+    "grammar": (GRAMMAR, lambda text: re.fullmatch(PAIR + "(," + PAIR + ")?", text) is not None),
     "json": ("", lambda text: isinstance(json.loads(text), dict)),
 }  # fmt: skip
 

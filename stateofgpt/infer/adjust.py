@@ -22,7 +22,7 @@ def adjust(
     """Change the logits `row` [V], float32, in place. `seen` are the ids of prompt and answer, `counts` how often each
     was drawn, `mask` which ids are allowed (those past its end are not)."""
     if params.repetition_penalty != 1.0:
-        ids = torch.tensor(sorted(set(seen)), device=row.device)
+        ids = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=row.device)
         found = row[ids]
         row[ids] = torch.where(found < 0, found * params.repetition_penalty, found / params.repetition_penalty)
     if counts and (params.presence_penalty or params.frequency_penalty):

@@ -226,14 +226,17 @@ class Engine:
         adjusted = logits.float() if logits.dtype != torch.float32 else logits.clone()
         for i in changed:
             r = live[i]
-            adjust(adjusted[i], r.params, r.ids, r.counts or {}, None if r.guide is None else r.guide.mask())
+            if r.guide is not None and r.mask is None:
+                r.mask = r.guide.mask()
+            adjust(adjusted[i], r.params, r.ids, r.counts or {}, r.mask)
         return adjusted
 
     def _guesses(self, live: Sequence[Request]) -> list[list[int]]:
         """For each request tokens that may follow, as many as there is room for."""
         found = []
         for r in live:
-            most = min(self.speculate, self._schedule.room(r) - 1, r.params.max_tokens - r.drawn - 1)
+            room = min(self._schedule.room(r) - 1, self.max_context - len(r.ids))
+            most = min(self.speculate, room, r.params.max_tokens - r.drawn - 1)
             found.append(r.lookup.guess(r.ids, most) if r.lookup is not None and most > 0 else [])
         return found
 
@@ -274,9 +277,10 @@ class Engine:
             r.counts[token] += 1
         if r.guide is not None and finish != "stop":
             r.guide.accept(token)
+            r.mask = r.guide.mask()
             if r.guide.finished:
                 finish = "stop"
-            elif not r.guide.mask().any():  # it has become too much for its limits
+            elif not r.mask.any():  # it has become too much for its limits
                 finish = "length"
         top = alternatives(logits, r.params.top_logprobs) if r.params.top_logprobs else ()
         if finish and r.hold:

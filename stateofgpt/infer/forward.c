@@ -3,34 +3,12 @@
    Every number of a token is computed from that token and its own past in an order that nothing else changes: a matrix
    product adds up its terms from the first to the last for each output, whatever stands beside it in the batch, and
    attention goes over the past from the first position on. A token therefore has the same bits alone, in any batch, in
-   a long prompt read at once or in pieces, and with any number of threads. `native.py` calls this file, after it has
-   agreed with torch on the machine. */
+   a long prompt read at once or in pieces, and with any number of threads. `forward.py` calls this file, after it
+   has agreed with torch on the machine. */
 
-#include <math.h>
-#include <omp.h>
-#include <stdint.h>
-#include <string.h>
+#include "products.h"
 
-#define LANES 16 /* floats of a vector; where registers are narrower a compiler makes it of several */
-#define PANEL 32 /* outputs of a product that are made together: their weights lie side by side */
-#define ROWS 8   /* tokens that are multiplied with a panel at once */
 #define BLOCK 16 /* positions of the cache that lie together */
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float vec_at __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
-typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
-
-enum { FLOAT32, BFLOAT16, INT8 };
-
-typedef struct {
-    const void *weight;  /* [panels][inputs][PANEL] in the model's precision */
-    const float *scale;  /* [panels * PANEL] of int8 weights */
-    const float *bias;   /* [outputs] or null */
-    int64_t outputs, inputs;
-} linear;
 
 typedef struct {
     linear qkv, out, up, down;
@@ -47,9 +25,6 @@ typedef struct {
     int64_t n_layers, hidden, heads, kv_heads, head_dim, inner, kind, gated;
     float eps, scale;
 } model;
-
-static inline vec load(const float *p) { return *(const vec_at *)p; }
-static inline void store(float *p, vec v) { *(vec_at *)p = v; }
 
 static inline float total(vec v) {
     float s[LANES];
@@ -88,83 +63,7 @@ static inline vec exponential(vec x) {
     return (vec)((ints)(p * (vec)two) & ~tiny);
 }
 
-/* ---------------------------------------------------------------------------------------------------------- products */
-
-static inline __attribute__((always_inline)) vec weights(const void *w, int64_t at, const int kind) {
-    if (kind == BFLOAT16) return (vec)(__builtin_convertvector(*(const halves *)((const uint16_t *)w + at), words) << 16);
-    if (kind == INT8)
-        return __builtin_convertvector(__builtin_convertvector(*(const bytes *)((const int8_t *)w + at), ints), vec);
-    return load((const float *)w + at);
-}
-
-/* One panel for `rows` tokens: each of the PANEL outputs of each token is summed from the first input to the last. */
-static inline __attribute__((always_inline)) void tile(const void *w, const float *x, int64_t ldx, int64_t inputs,
-                                                       float *out, const int rows, const int kind) {
-    vec sum[ROWS][2];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){0};
-    for (int64_t k = 0; k < inputs; k++) {
-        const vec a = weights(w, k * PANEL, kind), b = weights(w, k * PANEL + LANES, kind);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            const float one = x[r * ldx + k];
-            sum[r][0] += a * one;
-            sum[r][1] += b * one;
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        store(out + r * PANEL, sum[r][0]);
-        store(out + r * PANEL + LANES, sum[r][1]);
-    }
-}
-
-#define TILE(rows, kind)                                                                                              \
-    static __attribute__((noinline)) void tile_##rows##_##kind(const void *w, const float *x, int64_t ldx,            \
-                                                               int64_t inputs, float *out) {                          \
-        tile(w, x, ldx, inputs, out, rows, kind);                                                                     \
-    }
-TILE(8, FLOAT32) TILE(4, FLOAT32) TILE(2, FLOAT32) TILE(1, FLOAT32)
-TILE(8, BFLOAT16) TILE(4, BFLOAT16) TILE(2, BFLOAT16) TILE(1, BFLOAT16)
-TILE(8, INT8) TILE(4, INT8) TILE(2, INT8) TILE(1, INT8)
-
-typedef void (*tiler)(const void *, const float *, int64_t, int64_t, float *);
-static const tiler tilers[3][4] = {
-    {tile_1_FLOAT32, tile_2_FLOAT32, tile_4_FLOAT32, tile_8_FLOAT32},
-    {tile_1_BFLOAT16, tile_2_BFLOAT16, tile_4_BFLOAT16, tile_8_BFLOAT16},
-    {tile_1_INT8, tile_2_INT8, tile_4_INT8, tile_8_INT8},
-};
-
-/* y [n][ldy] = x [n][ldx] times w, or y + that; by all threads of the team, who wait for each other at the end. */
-static void product(const linear *w, int64_t kind, const float *x, int64_t ldx, int64_t n, float *y, int64_t ldy,
-                    int added) {
-    const int64_t panels = (w->outputs + PANEL - 1) / PANEL, size = w->inputs * PANEL;
-    const int64_t width = kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1;
-#pragma omp for schedule(static)
-    for (int64_t p = 0; p < panels; p++) {
-        const char *panel = (const char *)w->weight + p * size * width;
-        const int64_t first = p * PANEL, here = w->outputs - first < PANEL ? w->outputs - first : PANEL;
-        float out[ROWS * PANEL];
-        for (int64_t row = 0; row < n;) {
-            const int power = n - row >= 8 ? 3 : n - row >= 4 ? 2 : n - row >= 2 ? 1 : 0, rows = 1 << power;
-            tilers[kind][power](panel, x + row * ldx, ldx, w->inputs, out);
-            for (int r = 0; r < rows; r++) {
-                float *to = y + (row + r) * ldy + first, *from = out + r * PANEL;
-                if (kind == INT8)
-                    for (int64_t i = 0; i < here; i++) from[i] *= w->scale[first + i];
-                if (w->bias)
-                    for (int64_t i = 0; i < here; i++) from[i] += w->bias[first + i];
-                if (added)
-                    for (int64_t i = 0; i < here; i++) to[i] += from[i];
-                else
-                    memcpy(to, from, here * sizeof(float));
-            }
-            row += rows;
-        }
-    }
-}
-
-/* ------------------------------------------------------------------------------------------------ norms and rotation */
+/* ---- norms and rotation ---- */
 
 static inline float squares(const float *x, int64_t n, float mean) {
     vec sum = {0};
@@ -214,7 +113,7 @@ static void turn(const model *m, const layer *l, float *qk, int64_t position) {
     }
 }
 
-/* --------------------------------------------------------------------------------------------------------- attention */
+/* ---- attention ---- */
 
 /* The cache is blocks of BLOCK positions; a block has for each layer and key head its keys as [head_dim][BLOCK] and its
    values as [BLOCK][padded], where padded is head_dim rounded up to whole vectors. */
@@ -277,7 +176,8 @@ static void attend(const model *m, float *pool, const int32_t *blocks, int64_t i
                 }
             else
                 for (int64_t t = 0; t < here; t++)
-                    for (int j = 0; j < parts; j++) out[j] += load(values + t * wide + j * LANES) * scores[b * BLOCK + t];
+                    for (int j = 0; j < parts; j++)
+                        out[j] += load(values + t * wide + j * LANES) * scores[b * BLOCK + t];
         }
         for (int j = 0; j < parts; j++) {
             const vec o = out[j] * rate;
@@ -287,7 +187,7 @@ static void attend(const model *m, float *pool, const int32_t *blocks, int64_t i
     }
 }
 
-/* ----------------------------------------------------------------------------------------------------------- the pass */
+/* ---- the pass ---- */
 
 /* silu(gate) * up in place of the gate, or GELU in its tanh approximation where there is no gate. */
 static void activate(float *x, int64_t n, int64_t gated) {
@@ -312,7 +212,8 @@ static void activate(float *x, int64_t n, int64_t gated) {
 int64_t scratch_floats(const model *m, int64_t n, int64_t longest, int threads) {
     const int64_t qkv = (m->heads + 2 * m->kv_heads) * m->head_dim, up = m->inner * (m->gated ? 2 : 1);
     const int64_t wide = m->heads * m->head_dim > m->hidden ? m->heads * m->head_dim : m->hidden;
-    return n * (m->hidden + wide + (qkv > up ? qkv : up)) + threads * (longest + BLOCK);
+    const int64_t inputs = m->inner > wide ? m->inner : wide;
+    return n * (m->hidden + wide + (qkv > up ? qkv : up) + inputs / 2 + 2) + threads * (longest + BLOCK);
 }
 
 /* How many floats a block of the cache has. */
@@ -328,7 +229,8 @@ void forward(const model *m, float *pool, const int64_t *ids, const int64_t *pos
     const int64_t qkv_width = y_width + 2 * m->kv_heads * d, up_width = m->inner * (m->gated ? 2 : 1);
     const int64_t wide = y_width > c ? y_width : c, group = m->heads / m->kv_heads;
     float *x = scratch, *h = x + n * c, *u = h + n * wide;
-    float *scores = u + n * (qkv_width > up_width ? qkv_width : up_width);
+    float *spare = u + n * (qkv_width > up_width ? qkv_width : up_width);
+    float *scores = spare + n * ((m->inner > wide ? m->inner : wide) / 2 + 2);
 #pragma omp parallel num_threads(threads)
     {
         float *own = scores + omp_get_thread_num() * (longest + BLOCK);
@@ -343,7 +245,7 @@ void forward(const model *m, float *pool, const int64_t *ids, const int64_t *pos
             const layer *l = m->layers + index;
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < n; t++) normalise(x + t * c, l->norm_in, l->shift_in, h + t * wide, c, m->eps);
-            product(&l->qkv, m->kind, h, wide, n, u, qkv_width, 0);
+            product(&l->qkv, m->kind, h, wide, n, u, qkv_width, 0, spare);
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < n; t++) {
                 float *qkv = u + t * qkv_width;
@@ -358,13 +260,13 @@ void forward(const model *m, float *pool, const int64_t *ids, const int64_t *pos
                 attend(m, pool, tables + rows[t], index, head / group, positions[t] + 1, u + t * qkv_width + head * d,
                        own, h + t * wide + head * d);
             }
-            product(&l->out, m->kind, h, wide, n, x, c, 1);
+            product(&l->out, m->kind, h, wide, n, x, c, 1, spare);
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < n; t++) normalise(x + t * c, l->norm_mlp, l->shift_mlp, h + t * wide, c, m->eps);
-            product(&l->up, m->kind, h, wide, n, u, up_width, 0);
+            product(&l->up, m->kind, h, wide, n, u, up_width, 0, spare);
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < n; t++) activate(u + t * up_width, m->inner, m->gated);
-            product(&l->down, m->kind, u, up_width, n, x, c, 1);
+            product(&l->down, m->kind, u, up_width, n, x, c, 1, spare);
         }
         if (n_wanted) {
             float *to = logits ? h : states;
@@ -372,7 +274,7 @@ void forward(const model *m, float *pool, const int64_t *ids, const int64_t *pos
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < n_wanted; t++)
                 normalise(x + wanted[t] * c, m->norm, m->shift, to + t * ld, c, m->eps);
-            if (logits) product(&m->head, m->kind, h, wide, n_wanted, logits, m->head.outputs, 0);
+            if (logits) product(&m->head, m->kind, h, wide, n_wanted, logits, m->head.outputs, 0, spare);
         }
     }
 }

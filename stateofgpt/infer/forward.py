@@ -28,7 +28,7 @@ from stateofgpt.model.lora import effective_weight
 from stateofgpt.model.rotary import rotary_angles
 
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-PANEL = 32  # as in forward.c
+PANEL = 32  # as in products.h
 Precision = Literal["float32", "bfloat16", "int8"]
 _KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 _TOKENS = 512  # in one call: bounds the scratch memory
@@ -209,17 +209,17 @@ class NativeDecoder:
 
 
 def pack(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor | None]:
-    """`weight` [outputs, inputs] as panels [panels, inputs, PANEL] in `precision`, and the scale of each output of int8
-    weights: the largest of its weights becomes 127."""
+    """`weight` [outputs, inputs] as panels [panels, inputs, PANEL, 1] in `precision`; int8 as [panels, inputs / 2, PANEL,
+    2], and the scale of each output: the largest of its weights becomes 127."""
     outputs, inputs = weight.shape
-    scale = None
+    scale, together = None, 1
     if precision == "int8":
         scale = weight.abs().amax(1).clamp(min=1e-30) / 127.0
-        weight = (weight / scale[:, None]).round()
-    panels = -(-outputs // PANEL)
-    padded = weight.new_zeros(panels * PANEL, inputs)
-    padded[:outputs] = weight
-    packed = padded.view(panels, PANEL, inputs).transpose(1, 2)
+        weight, together = (weight / scale[:, None]).round(), 2
+    panels, groups = -(-outputs // PANEL), -(-inputs // together)
+    padded = weight.new_zeros(panels * PANEL, groups * together)
+    padded[:outputs, :inputs] = weight
+    packed = padded.view(panels, PANEL, groups, together).transpose(1, 2)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[precision]
     if scale is not None:
         scale = torch.cat((scale, scale.new_ones(panels * PANEL - outputs)))
@@ -250,7 +250,7 @@ def _laid_out(
 def load() -> ctypes.CDLL | None:
     """The library, compiled for this machine the first time; None where that is not possible, or where it does not
     agree with the model's own forward pass, or a token's bits depend on its batch."""
-    library = native.load([Path(__file__).with_name("forward.c")], FLAGS)
+    library = native.load([Path(__file__).with_name(name) for name in ("forward.c", "products.h")], FLAGS)
     if library is None:
         return None
     library.block_floats.restype = library.scratch_floats.restype = ctypes.c_int64

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from stateofgpt.infer.blocks import Node
 from stateofgpt.infer.guide import Guide
 from stateofgpt.infer.sampling import SamplingParams
@@ -53,6 +55,7 @@ class Request:
     tenant: str
     prompt: tuple[int, ...]  # what is read before the first draw: all of the prompt but its last token
     guide: Guide | None = None
+    mask: np.ndarray | None = None  # which tokens the guide allows next, where that is known
     state: State = "waiting"
     drawn: int = 0
     read: int = 0  # how many of `ids` are in the cache

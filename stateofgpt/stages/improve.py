@@ -39,7 +39,7 @@ from stateofgpt.rl.reward_training import (
 from stateofgpt.run import Run, write_json
 from stateofgpt.stages import arena, compared, feedback_set, rl
 from stateofgpt.stages.reward import learn, usual_score
-from stateofgpt.stages.way import way_of
+from stateofgpt.stages.way import is_native, way_of
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.loop import LoopConfig, Trainer
@@ -312,7 +312,9 @@ class _Round:
             answers: dict[str, list[Conversation]] = {}
             for name, folder in (("before", self.policy), ("after", self.run.stage("rl").checkpoint)):
                 both = [*map(conversation, asked), *own]
-                answers[name] = arena.answers_of(load_model(folder), self.tokenizer, both, config, seed)
+                answers[name] = arena.answers_of(
+                    load_model(folder), self.tokenizer, both, config, seed, is_native(self.run)
+                )
             n = len(asked)
             result = arena.hold(asked, {m: a[:n] for m, a in answers.items()}, SimulatedLabeller(seed), seed)
             result["judge"] = "the simulated labeller, without noise"

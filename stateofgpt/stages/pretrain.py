@@ -24,6 +24,7 @@ from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.lora import is_factor
 from stateofgpt.run import Run, Stage
 from stateofgpt.stages.parent import begin_from
+from stateofgpt.stages.way import decide_engine
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train import fused
 from stateofgpt.train.dial import COMPILE_SECONDS, can_compile, can_fuse, choose, fastest_dtype, shape, timed_steps
@@ -92,6 +93,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     with stage.timed():
         if (done := stage.result()) is not None:
             return done
+        decide_engine(run)
         return train(config, run, stage)
 
 

@@ -116,7 +116,7 @@ class PolicyTraining:
             reward_std=std,
             way=way,
         )
-        self.engine = Engine(self.ppo.policy, max_batch=config.batch)
+        self.engine = Engine(self.ppo.policy, max_batch=config.batch, native=way.native)
         self.session = Session(self.engine, self.chat, Toolbox())
         # the policy before the last update: what remains when that update leads past the KL budget
         self.within_budget = {n: p.detach().clone() for n, p in self.ppo.policy.named_parameters()}
