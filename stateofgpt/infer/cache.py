@@ -39,14 +39,14 @@ def blocks_of(tokens: int) -> int:
     return -(-tokens // BLOCK)
 
 
-def how_many(cache_bytes: int | None, block_bytes: int, max_batch: int, max_context: int) -> int:
+def how_many(cache_bytes: int | None, block_bytes: int, max_batch: int, max_context: int, device: torch.device) -> int:
     """The number of blocks: as many as `cache_bytes` hold, or by default all that could be of use and a quarter of the
     free memory has room for. Never more than twice what full rows need (the second half keeps prefixes), never less
     than one full row: ConfigError where `cache_bytes` is."""
     row = blocks_of(max_context)
     useful = 2 * row * max_batch
     if cache_bytes is None:
-        return min(useful, max(row, free_memory() // SHARE // block_bytes))
+        return min(useful, max(row, free_memory(device) // SHARE // block_bytes))
     if cache_bytes < row * block_bytes:
         raise ConfigError(
             f"cache_bytes is {cache_bytes:,}, and one text of {max_context} tokens needs {row * block_bytes:,}; give "
@@ -55,8 +55,10 @@ def how_many(cache_bytes: int | None, block_bytes: int, max_batch: int, max_cont
     return min(useful, cache_bytes // block_bytes)
 
 
-def free_memory() -> int:
-    """Bytes that a program could still take on this machine, as far as it says so."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that a program could still take on this machine, or on this GPU, as far as it says so."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

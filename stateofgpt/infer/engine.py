@@ -74,7 +74,8 @@ class Engine:
         self.model, self.max_batch, self.guides, self.speculate = model, max_batch, guides, speculate
         self.max_context = min(max_context or config.max_position_embeddings, config.max_position_embeddings)
         self._decoder = self._make_decoder(dtype, native, weights)
-        count = how_many(cache_bytes, self._decoder.block_bytes, max_batch, self.max_context)
+        decoder = self._decoder
+        count = how_many(cache_bytes, decoder.block_bytes, max_batch, self.max_context, decoder.device)
         self._decoder.make_room(count)
         self._blocks = Blocks(count, keep=prefixes)
         self._schedule = Schedule(self._decoder, self._blocks, max_batch, step_tokens)

@@ -209,8 +209,8 @@ class NativeDecoder:
 
 
 def pack(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor | None]:
-    """`weight` [outputs, inputs] as panels [panels, inputs, PANEL, 1] in `precision`; int8 as [panels, inputs / 2, PANEL,
-    2], and the scale of each output: the largest of its weights becomes 127."""
+    """`weight` [outputs, inputs] as panels [panels, inputs, PANEL, 1] in `precision`; int8 as [panels, inputs / 2,
+    PANEL, 2], and the scale of each output: the largest of its weights becomes 127."""
     outputs, inputs = weight.shape
     scale, together = None, 1
     if precision == "int8":

@@ -3,6 +3,9 @@ after it."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from stateofgpt.config import from_dict
 from stateofgpt.infer.forward import load
 from stateofgpt.run import Run
@@ -23,6 +26,11 @@ def is_native(run: Run) -> bool:
     if (kept := run.config.get("way")) is not None:
         return bool(kept.get("native", False))
     return bool(run.stage("pretrain").decided("engine").get("native", False))
+
+
+def as_config(way: Way) -> dict[str, Any]:
+    """A way as a round of feedback carries it: rounds that began before there was a native path have no word of it."""
+    return {name: value for name, value in asdict(way).items() if name != "native" or value}
 
 
 def decide_engine(run: Run) -> None:
