@@ -1,6 +1,7 @@
 """The engine against `transformers` and, where it is installed, llama.cpp: one stream, and a ragged load.
 
     python benchmarks/bench_engine.py single [--model FOLDER | --width 320 --layers 6 --vocab 8192] [--pairs 5]
+    python benchmarks/bench_engine.py quality --model FOLDER --text FILE [--tokens 4096]
     python benchmarks/bench_engine.py load   [--model FOLDER | ...] [--requests 256] [--pairs 3]
 
 `single`: one prompt continued greedily, tokens per second from the first drawn to the last. Gate first: in float32 both
@@ -10,7 +11,7 @@ what a CPU user gets), and llama.cpp through llama-cpp-python where a GGUF file 
 
 `load`: requests with a shared prefix of 128 tokens, prompts of 16 to 256 tokens behind it and 8 to 256 to draw, all
 there at once; useful tokens per second until the last is done. The peers are `generate` in padded batches (sorted by
-length, each batch as long as its longest answer) and `generate_batch`, transformers' continuous batching.
+length, each batch as long as its longest answer) and, with --continuous, transformers' continuous batching.
 """
 
 from __future__ import annotations
@@ -172,6 +173,34 @@ def single(options: argparse.Namespace) -> dict[str, Any]:
     return compared(sides, options.pairs, "transformers float32", "rate")
 
 
+# ---- what rounded weights cost
+
+
+def quality(options: argparse.Namespace) -> dict[str, Any]:
+    """Nats per token of a text, and how often the most likely token is another one, for each precision of weights."""
+    from stateofgpt.text.tokenizer import Tokenizer
+
+    model = load_model(Path(options.model)).eval()
+    ids = Tokenizer.load(options.model).encode(Path(options.text).read_text())[: options.tokens]
+    width = min(512, model.config.max_position_embeddings)
+    rows = [ids[i : i + width] for i in range(0, len(ids) - 1, width)]
+    found: dict[str, Any] = {}
+    best: dict[str, torch.Tensor] = {}
+    for weights in ("float32", "bfloat16", "int8"):
+        decoder = Engine(model, max_batch=1, max_context=width, native=True, weights=weights)._decoder
+        table = list(range(-(-width // 16)))
+        nats, argmax = 0.0, []
+        for row in rows:
+            logits = decoder.verify([row], [0], [table])  # type: ignore[union-attr]
+            nats += float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(row[1:]), reduction="sum"))
+            argmax.append(logits.argmax(-1))
+        best[weights] = torch.cat(argmax)
+        changed = float((best[weights] != best["float32"]).float().mean())
+        found[weights] = {"nats_per_token": nats / sum(len(row) - 1 for row in rows), "other_argmax": changed}
+        print(weights, found[weights], flush=True)
+    return {"tokens": len(ids), "weights": found}
+
+
 # ---- ragged load
 
 
@@ -222,18 +251,28 @@ def static_load(peer: LlamaForCausalLM, asked: list[tuple[list[int], int]], rows
 
 
 def continuous_load(peer: LlamaForCausalLM, asked: list[tuple[list[int], int]], rows: int) -> Side:
-    """transformers' own continuous batching. It has one length for all requests of a call, so it is called for those of
-    similar length together, which spares it what nobody asked for."""
+    """transformers' own continuous batching; each request has its own length."""
+    from transformers import ContinuousBatchingConfig
 
     def run() -> dict[str, Any]:
+        config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=256)
+        cache = ContinuousBatchingConfig(num_blocks=4 * rows, max_batch_tokens=512)
         begun = time.perf_counter()
-        order = sorted(asked, key=lambda one: one[1])
-        for start in range(0, len(order), rows):
-            batch = order[start : start + rows]
-            config = GenerationConfig(max_new_tokens=max(n for _, n in batch), do_sample=False, eos_token_id=-1)
-            config.pad_token_id = 0
-            peer.generate_batch(inputs=[p for p, _ in batch], generation_config=config, progress_bar=False)
-        return {"rate": sum(n for _, n in asked) / (time.perf_counter() - begun)}
+        with peer.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=cache, warmup=False
+        ) as manager:
+            for prompt, tokens in asked:
+                manager.add_request(prompt, max_new_tokens=tokens)
+            drawn, done = 0, 0
+            while done < len(asked):
+                result = manager.get_result(timeout=120)
+                if result is None:
+                    raise RuntimeError("no result for two minutes")
+                if result.is_finished():
+                    done, drawn = done + 1, drawn + len(result.generated_tokens)
+        if drawn != sum(tokens for _, tokens in asked):
+            raise RuntimeError(f"it drew {drawn} tokens")
+        return {"rate": drawn / (time.perf_counter() - begun)}
 
     return run
 
@@ -276,14 +315,14 @@ def compared(sides: dict[str, Side], rounds: int, peer: str, key: str) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("single", "load"))
+    parser.add_argument("what", choices=("single", "load", "quality"))
     parser.add_argument("--model", help="a folder of the LLaMA family")
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--pairs", type=int, default=5, help="rounds")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt of one stream")
-    parser.add_argument("--text", help="a prompt in words, for a folder's tokenizer")
+    parser.add_argument("--text", help="a prompt in words, for a folder's tokenizer; for `quality` a file")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--bfloat16", action="store_true", help="transformers in bfloat16, too")
     parser.add_argument("--gguf", help="a file for llama.cpp")
@@ -291,7 +330,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="requests at once")
     parser.add_argument("--continuous", action="store_true", help="transformers' continuous batching, too")
     options = parser.parse_args()
-    result = single(options) if options.what == "single" else load(options)
+    result = {"single": single, "load": load, "quality": quality}[options.what](options)
     print(json.dumps({"what": options.what, **result, **pairs.machine()}))
 
 
