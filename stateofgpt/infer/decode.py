@@ -208,7 +208,7 @@ class Decoder:
     def prefill(self, ids: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[Sequence[int]]) -> None:
         """Read `ids[i]` at positions starts[i], starts[i] + 1, ... of the row whose blocks are tables[i]."""
         for batch in _batches(ids, starts):
-            self._prefill(*([part[i] for i in batch] for part in (ids, starts, tables)))
+            self._prefill([ids[i] for i in batch], [starts[i] for i in batch], [tables[i] for i in batch])
 
     def _prefill(self, ids: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[Sequence[int]]) -> None:
         """The products run over the tokens of all rows in one packed list, without padding; only attention is

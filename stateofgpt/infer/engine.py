@@ -333,7 +333,9 @@ class Engine:
         return [Completion(*each) for each in zip(ids, logprobs, ends, strict=True)]
 
     @overload
-    def score(self, sequences: Sequence[Sequence[int]], top: Literal[0] = 0) -> list[list[float]]: ...
+    def score(  # type: ignore[overload-overlap]  # 0 is an int, too
+        self, sequences: Sequence[Sequence[int]], top: Literal[0] = 0
+    ) -> list[list[float]]: ...
     @overload
     def score(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[score.Scored]]: ...
 

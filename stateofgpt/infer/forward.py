@@ -142,7 +142,7 @@ class NativeDecoder:
     def _linear(self, *parts: nn.Linear) -> _Linear:
         """`parts`, which have one input, as one product."""
         weight = torch.cat([effective_weight(part).detach().float() for part in parts])
-        biases = [part.bias for part in parts if part.bias is not None]
+        biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
         packed, scale = pack(weight, self.precision)
         bias = self._keep(torch.cat(biases) if biases else None)
         return _Linear(self._keep(packed, packed.dtype), self._keep(scale), bias, *weight.shape)

@@ -181,7 +181,8 @@ def alternatives(logits: Tensor, count: int) -> tuple[tuple[int, float], ...]:
 def _nucleus_floor(z: Tensor, floor: Tensor, top_p: Tensor) -> Tensor:
     """Log-weight [n, 1] of the last token of the nucleus: the shortest head of the ranking that holds `top_p` of the
     mass at or above `floor` (Holtzman et al., arXiv 1904.09751). Rows with top_p = 1 get -inf."""
-    total = torch.where(z >= floor, z.exp(), 0.0).sum(-1, keepdim=True)
+    # not `sum`, which adds up a single row in another order than many
+    total = torch.where(z >= floor, z.exp(), 0.0).cumsum(-1)[:, -1:]
     size = min(_HEAD, z.shape[-1])
     while True:
         ranked = z.topk(size).values

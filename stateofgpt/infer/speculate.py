@@ -27,6 +27,6 @@ class Lookup:
                 self._ends[tuple(ids[end - size : end])] = end
         self._seen = max(self._seen, len(ids))
         for size in range(min(_LONGEST, len(ids)), _SHORTEST - 1, -1):
-            if (end := self._ends.get(tuple(ids[len(ids) - size :]))) is not None:
-                return list(ids[end : end + most])
+            if (found := self._ends.get(tuple(ids[len(ids) - size :]))) is not None:
+                return list(ids[found : found + most])
         return []
