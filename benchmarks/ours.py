@@ -19,7 +19,7 @@ from texts import Corpus, validation_windows
 
 @dataclass(frozen=True)
 class Task:
-    """One training run of a Qwen3-shaped decoder for a number of tokens."""
+    """One training run of a Qwen3-shaped decoder for a number of tokens, or of seconds from its first step."""
 
     corpus: str
     layers: int
@@ -27,8 +27,7 @@ class Task:
     width: int
     intermediate: int
     context: int
-    tokens: int
-    batches: tuple[tuple[float, int], ...]  # (share of the tokens from which it holds, rows of a step)
+    batches: tuple[tuple[float, int], ...]  # (share of the whole from which it holds, rows of a step)
     lr: float
     muon_lr: float
     beta2: float
@@ -36,19 +35,15 @@ class Task:
     warmup: int
     decay_share: float
     seed: int
+    tokens: int | None = None
+    seconds: float | None = None
     dtype: str = "bfloat16"
     momentum: float = 0.95
 
 
-def rows_at(task: Task) -> list[int]:
-    """The rows of every step: a ramp by shares of all tokens."""
-    out: list[int] = []
-    used = 0
-    while used < task.tokens:
-        rows = next(n for share, n in reversed(task.batches) if used >= share * task.tokens)
-        out.append(rows)
-        used += rows * task.context
-    return out
+def rate_at(task: Task, step: int, progress: float) -> float:
+    """The factor of the learning rates: warm-up over steps, then whole, then falling over the last share of the run."""
+    return min((step + 1) / task.warmup, 1.0, max(0.0, 1.0 - progress) / task.decay_share)
 
 
 def main() -> None:
@@ -63,7 +58,6 @@ def main() -> None:
     from stateofgpt.train.loop import LoopConfig, Trainer
     from stateofgpt.train.loss import Batch, LanguageModelLoss
     from stateofgpt.train.optim import OptimConfig
-    from stateofgpt.train.schedule import warmup_stable_decay
 
     config = GPTConfig(
         vocab_size=corpus.vocab_size,
@@ -82,13 +76,16 @@ def main() -> None:
     )
     loss = LanguageModelLoss(task.dtype, fused=True)
     trainer = Trainer(model, LoopConfig(optim=optim), loss.kernels)
-    schedule = rows_at(task)
     windows = (len(corpus.train) - 1) // task.context
     rng = np.random.default_rng(task.seed)
     span = np.arange(task.context + 1)
     order: list[int] = []
-    start = time.perf_counter()
-    for step, rows in enumerate(schedule):
+    start, step, tokens = time.perf_counter(), 0, 0
+    while True:
+        progress = tokens / task.tokens if task.tokens else (time.perf_counter() - start) / (task.seconds or 1.0)
+        if progress >= 1.0:
+            break
+        rows = next(n for share, n in reversed(task.batches) if progress >= share)
         while len(order) < rows:  # each epoch shuffles windows anew, and cuts them at another place
             shift = int(rng.integers(0, task.context))
             fresh = rng.permutation(windows - 1) * task.context + shift
@@ -96,8 +93,8 @@ def main() -> None:
         chosen, order = np.array(order[:rows]), order[rows:]
         ids = corpus.train[chosen[:, None] + span].astype(np.int64)
         batch = Batch.of(ids[:, :-1].copy(), ids[:, 1:].copy())
-        factor = warmup_stable_decay(step, len(schedule), warmup=task.warmup, decay_share=task.decay_share)
-        trainer.step([batch], loss, factor)
+        trainer.step([batch], loss, rate_at(task, step, progress))
+        step, tokens = step + 1, tokens + rows * task.context
     trained = time.perf_counter() - start
     total = n = 0.0
     score = LanguageModelLoss("float32", fused=True)
@@ -107,8 +104,8 @@ def main() -> None:
             n += targets.size
     result = {
         "n_params": model.n_params(),
-        "steps": len(schedule),
-        "tokens": sum(schedule) * task.context,
+        "steps": step,
+        "tokens": tokens,
         "train_seconds": trained,
         "eval_seconds": time.perf_counter() - start - trained,
         "val_loss": total / n,

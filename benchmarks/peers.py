@@ -109,6 +109,12 @@ class Peer:
         return total / n
 
 
+def late_rate(ends: list[float]) -> float:
+    """Steps per second over the second half of the steps: what compiling took is past."""
+    half = len(ends) // 2
+    return (len(ends) - 1 - half) / (ends[-1] - ends[half]) if len(ends) > half + 1 else 0.0
+
+
 def main() -> None:
     """Run the task named on the command line."""
     task = Task(**json.loads(Path(sys.argv[1]).read_text()))
@@ -118,6 +124,7 @@ def main() -> None:
     span = np.arange(task.context + 1)
     trace: list[dict[str, float]] = []
     start, step, last_loss, looked = time.perf_counter(), 0, math.nan, 0.0  # `looked`: seconds in evaluations
+    ends: list[float] = []  # when each step ended
     next_look = task.eval_every_s
     while True:
         spent = time.perf_counter() - start - looked
@@ -133,12 +140,14 @@ def main() -> None:
         rows = rows.astype(np.int64)
         last_loss = peer.step(rows[:, :-1].copy(), rows[:, 1:].copy(), progress, step)
         step += 1
+        ends.append(time.perf_counter() - start)
     trained = time.perf_counter() - start - looked
     result = {
         "n_params": peer.n_params,
         "steps": step,
         "tokens": step * task.batch * task.context,
         "train_seconds": trained,
+        "late_steps_per_second": late_rate(ends),
         "train_loss": last_loss,
         "val_loss": peer.validate(corpus),
         "trace": trace,

@@ -39,7 +39,7 @@ STAGE_VERBS = {
     "pretrain": "train the base model on next tokens",
     "sft": "finetune it on demonstrations",
     "reward": "train the reward model on ranked answers",
-    "rl": "PPO against the reward model",
+    "rl": "PPO against the reward model, or another algorithm",
     "eval": "measure every model's skills, entropy and names",
     "arena": "blind battles and Bradley-Terry ratings",
 }
@@ -183,7 +183,9 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     logprobs = verb("logprobs", act.logprobs, "a text's tokens and their log-probabilities, as JSON")
     _model_argument(logprobs)
-    logprobs.option("--text", type=to_text, required=True, help="the text to score")
+    logprobs.option("--text", type=to_text, help="the text to score")
+    logprobs.option("--file", type=Path, help="or a file, for its bits per byte")
+    logprobs.option("--context", type=to_count, default=256, help="tokens of the file read at a time (default 256)")
 
     chat = verb("chat", act.chat, "talk to a model in the terminal")
     _model_argument(chat, optional=True)

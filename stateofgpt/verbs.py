@@ -105,17 +105,40 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def logprobs(options: argparse.Namespace) -> None:
-    """A text's tokens and log-probabilities, as JSON."""
+    """A text's tokens and log-probabilities, or how likely a whole file is, as JSON."""
+    if (options.text is None) == (options.file is None):
+        raise ConfigError("sog logprobs needs either --text or --file, and not both")
     folder = resolve_model(options.model)
+    from stateofgpt.eval.likelihood import bits_per_byte, in_parts
     from stateofgpt.infer.engine import Engine
     from stateofgpt.model.checkpoint import load_model
     from stateofgpt.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder)
     engine = Engine(load_model(folder))
+    if options.file is not None:
+        text = _text_of(options.file)
+        ids = tokenizer.encode(text)
+        context = min(options.context, engine.max_context)
+        nats = -sum(map(sum, engine.score(list(in_parts(ids, tokenizer.eot, context)))))
+        n_bytes = len(text.encode())
+        told = {"file": str(options.file), "bytes": n_bytes, "tokens": len(ids), "context": context, "nats": nats}
+        print(json.dumps({**told, "bits_per_byte": bits_per_byte(nats, n_bytes)}))
+        return
     ids = tokenizer.encode(options.text)
     scores = engine.score([ids])[0] if len(ids) > 1 else []
     print(json.dumps({"ids": ids, "tokens": [tokenizer.token_str(token) for token in ids], "logprobs": scores}))
+
+
+def _text_of(file: Path) -> str:
+    """A file's bytes as UTF-8, what is none replaced."""
+    try:
+        text = file.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
+    if not text:
+        raise DataError(f"{file} is empty; there is nothing to score")
+    return text
 
 
 def chat(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -399,6 +400,8 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             return chr(token)
 
     class Engine:
+        max_context = 2
+
         def __init__(self, model: object) -> None:
             assert model == "model"
 
@@ -433,6 +436,33 @@ def test_logprobs_prints_one_number_for_each_token_after_the_first(
     }
     assert main(["logprobs", str(model), "--text", ""]) == 0
     assert json.loads(capsys.readouterr().out) == {"ids": [], "tokens": [], "logprobs": []}
+
+
+def test_logprobs_of_a_file_are_its_bits_per_byte_read_in_parts(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"abc\xff")
+    assert main(["logprobs", str(model), "--file", str(file)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    nats = sum("abc\ufffd".encode())  # the engine above: a token costs its id; every token is scored once
+    assert told == {
+        "file": str(file),
+        "bytes": 6,
+        "tokens": 6,
+        "context": 2,
+        "nats": nats,
+        "bits_per_byte": pytest.approx(nats / math.log(2) / 6),
+    }
+
+
+def test_logprobs_of_an_empty_or_absent_file_is_one_sentence(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    for name, says in (("empty.txt", "is empty"), ("none.txt", "cannot be read")):
+        assert main(["logprobs", str(model), "--file", str(tmp_path / name)]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_sample_gives_every_continuation_its_own_seed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

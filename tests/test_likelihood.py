@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from stateofgpt.eval.likelihood import bits_per_byte
+from stateofgpt.eval.likelihood import bits_per_byte, in_parts
 
 
 def test_a_uniform_guess_over_bytes_costs_eight_bits() -> None:
@@ -23,3 +23,11 @@ def test_the_unit_does_not_depend_on_how_a_text_is_cut_into_tokens() -> None:
 def test_a_text_of_no_bytes_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one byte"):
         bits_per_byte(1.0, 0)
+
+
+def test_every_token_of_a_text_is_scored_once_however_it_is_cut() -> None:
+    ids = list(range(100, 123))
+    for context in (1, 7, 23, 50):
+        parts = list(in_parts(ids, begin=0, context=context))
+        assert [token for part in parts for token in part[1:]] == ids
+        assert all(part[0] == 0 and len(part) <= context + 1 for part in parts)

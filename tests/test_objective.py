@@ -10,17 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from stateofgpt.rl.advantage import advantages, shaped_rewards, whiten
 from stateofgpt.rl.objective import (
     adapt_kl_coefficient,
-    advantages,
     clipped_policy_loss,
     clipped_value_loss,
     masked_mean,
     pair_accuracy,
     ranking_loss,
-    shaped_rewards,
     token_logprobs,
-    whiten,
 )
 
 

@@ -15,6 +15,7 @@ from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.heads import RewardModel, ValueModel
 from stateofgpt.rl.ppo import PPO, PPOConfig
 from stateofgpt.rl.rollout import policy_logprobs
+from stateofgpt.rl.scoring import LearnedScorer
 from stateofgpt.text.chat import Message
 from stateofgpt.train.loop import LoopConfig
 from stateofgpt.train.loss import Way
@@ -41,12 +42,17 @@ def model(seed: int = 0) -> GPT:
 
 
 def make_ppo(config: PPOConfig | None = None, **kwargs: float) -> PPO:
-    settings = {"reward_mean": 0.0, "reward_std": 1.0, **kwargs}
-    reward = RewardModel(model(1), PAD)
-    return PPO(
-        model(), model(), reward, ValueModel(RewardModel(model(1), PAD)), config or PPOConfig(), pad_id=PAD, end_id=END,
-        way=Way(), **settings,
-    )  # fmt: skip
+    settings = {"mean": 0.0, "std": 1.0, **kwargs}
+    config = config or PPOConfig()
+    scorer = LearnedScorer(
+        RewardModel(model(1), PAD), pad_id=PAD, end_id=END, no_end_score=config.no_end_score, **settings
+    )
+    return PPO(model(), model(), ValueModel(RewardModel(model(1), PAD)), scorer, config, pad_id=PAD, way=Way())
+
+
+def reward_of(ppo: PPO) -> RewardModel:
+    assert isinstance(ppo.scorer, LearnedScorer)
+    return ppo.scorer.model
 
 
 def answers(policy: GPT, n: int = 12, seed: int = 0) -> list[Turn]:
@@ -125,7 +131,7 @@ def test_parts_of_like_length_give_what_one_pass_gives() -> None:
 
 
 def test_an_answer_without_its_end_gets_the_fixed_penalty() -> None:
-    ppo = make_ppo(reward_mean=0.4, reward_std=2.0)
+    ppo = make_ppo(mean=0.4, std=2.0)
     whole = Turn((), [EOT, 5], [7, 8, END], [1, 1, 1], [0.0] * 3, "stop")
     cases = [
         whole,
@@ -133,7 +139,7 @@ def test_an_answer_without_its_end_gets_the_fixed_penalty() -> None:
         replace(whole, ids=[7, 8, EOT], finish="stop"),  # ended the document, not its turn
         replace(whole, finish="tool_limit"),
     ]
-    raw = ppo.reward(torch.tensor([[EOT, 5, 7, 8, END]])).item()
+    raw = reward_of(ppo)(torch.tensor([[EOT, 5, 7, 8, END]])).item()
     scores = ppo.scores(cases).tolist()
     assert scores[0] == pytest.approx((raw - 0.4) / 2.0, abs=1e-5)
     assert scores[1:] == [ppo.config.no_end_score] * 3
@@ -145,9 +151,9 @@ def test_an_answer_without_its_end_gets_the_fixed_penalty() -> None:
 def test_only_policy_and_value_model_learn() -> None:
     ppo = make_ppo()
     experience, watched = ppo.experience(answers(ppo.policy))
-    fixed, policy, value = weights(ppo.reference, ppo.reward), weights(ppo.policy), weights(ppo.value)
+    fixed, policy, value = weights(ppo.reference, reward_of(ppo)), weights(ppo.policy), weights(ppo.value)
     ppo.update(experience, torch.Generator().manual_seed(0), 1.0, watched["kl"])
-    assert equal(fixed, weights(ppo.reference, ppo.reward))
+    assert equal(fixed, weights(ppo.reference, reward_of(ppo)))
     assert not equal(policy, weights(ppo.policy)) and not equal(value, weights(ppo.value))
 
 
@@ -189,13 +195,13 @@ def test_what_is_told_is_the_mean_over_the_updates_made(rows: int, minibatches: 
     ppo = make_ppo(config)
     experience, _ = ppo.experience(answers(ppo.policy, n=rows))
     losses: list[float] = []
-    step = ppo.value_trainer.step
+    step = ppo.trainers["value"].step
 
     def watched(*args):  # type: ignore[no-untyped-def]
         losses.append(step(*args)["loss"])
         return {"loss": losses[-1]}
 
-    ppo.value_trainer.step = watched  # type: ignore[method-assign]
+    ppo.trainers["value"].step = watched  # type: ignore[method-assign]
     found = ppo.update(experience, torch.Generator().manual_seed(0), 1.0, 0.0)
     assert found["value_loss"] == pytest.approx(sum(losses) / len(losses))
 
@@ -250,7 +256,7 @@ def trained(kl_coefficient: float) -> tuple[float, float, float]:
     """(share of GOOD tokens before, after, KL after) where every GOOD token of an answer is rewarded."""
     fast = LoopConfig(optim=OptimConfig(lr=3e-3, eps=1e-5, weight_decay=0.0, use_muon=False))
     ppo = make_ppo(replace(PPOConfig(), policy=fast, value=fast, kl_coefficient=kl_coefficient, kl_target=None))
-    ppo.scores = lambda turns: torch.tensor([float(t.ids.count(GOOD)) for t in turns])  # type: ignore[method-assign, assignment]
+    ppo.scores = lambda turns, problems=(): torch.tensor([float(t.ids.count(GOOD)) for t in turns])  # type: ignore[method-assign, assignment]
     before = share_of_good(answers(ppo.policy, n=48, seed=999))
     for i in range(25):
         experience, watched = ppo.experience(answers(ppo.policy, n=48, seed=i))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from stateofgpt.infer.engine import Engine, Event, SamplingParams
 from stateofgpt.infer.score import score
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.heads import ValueModel
-from stateofgpt.rl.rollout import Rollouts, policy_logprobs, rollouts_of, values
+from stateofgpt.rl.rollout import Rollouts, drawn_logprobs, policy_logprobs, rollouts_of, values
 from stateofgpt.text.chat import ChatFormat, Message, ToolCall
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.loss import Way
@@ -123,6 +124,21 @@ def test_log_probabilities_are_those_the_engine_drew_with() -> None:
         assert logprobs[row][at].tolist() == pytest.approx(scored[at[: len(scored)]].tolist(), abs=1e-4)
         assert (logprobs[row][~at] == 0).all()
     assert (entropy >= 0).all() and (entropy <= math.log(320) + 1e-4).all()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_finds_the_log_probabilities_of_the_rollout_tools_or_not(fused: bool) -> None:
+    """Within 1e-4 in float32, so that a rollout's need not be computed again."""
+    model = small_model()
+    called = tool_turn()[0]
+    scored = score(model, [[*called.prompt_ids, *called.ids]])[0][len(called.prompt_ids) - 1 :]
+    known = [logprob if drawn else 0.0 for logprob, drawn in zip(scored, called.mask, strict=True)]
+    turns = [*plain_turns(model), replace(called, logprobs=known)]
+    rollouts = rollouts_of(turns, TOKENIZER.pad)
+    drawn = drawn_logprobs(turns, rollouts)
+    logprobs, _ = policy_logprobs(model, rollouts, Way(fused=fused))
+    assert (drawn - logprobs).abs().max() < 1e-4 and not drawn[rollouts.mask == 0].any()
+    assert (drawn != 0).sum() == rollouts.mask.sum()
 
 
 def test_values_are_of_the_state_before_the_token() -> None:

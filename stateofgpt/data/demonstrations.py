@@ -1,8 +1,8 @@
 """Owns the demonstrations of supervised finetuning: generated from the skills, taken from dialogues, or the user's own.
 
-User files are JSONL; each row is read as `messages` (OpenAI), ShareGPT (`conversations` of from/value) or Alpaca
-(`instruction`, `input`, `output`), by its keys. Generated item i is a pure function of (seed, i), so that a resumed
-stage sees the same ones. It knows nothing about tokens, packing or training.
+User files are JSONL; each row is read as `messages` (OpenAI), ShareGPT (`conversations` of from/value), Alpaca
+(`instruction`, `input`, `output`) or GSM8K (`question`, `answer`), by its keys. Generated item i is a pure function of
+(seed, i), so that a resumed stage sees the same ones. It knows nothing about tokens, packing or training.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stateofgpt.data import gsm8k
 from stateofgpt.data.documents import bounded_lines
 from stateofgpt.data.skills import SKILLS, demonstrate, problem
 from stateofgpt.errors import DataError
@@ -107,7 +108,7 @@ def read_demonstrations(path: Path) -> list[Conversation]:
 
 
 def conversation_from_row(row: Mapping[str, Any]) -> Conversation:
-    """The conversation of one row in any of the three forms; DataError says what is wrong with it."""
+    """The conversation of one row in any of the four forms; DataError says what is wrong with it."""
     if "messages" in row:
         items = _rows(row["messages"], "messages")
         conversation = tuple(message_from_json(item) for item in items)
@@ -117,6 +118,8 @@ def conversation_from_row(row: Mapping[str, Any]) -> Conversation:
             conversation = (Message("system", row["system"]), *conversation)
     elif "instruction" in row:
         conversation = _alpaca(row)
+    elif "question" in row and "answer" in row:
+        conversation = gsm8k.demonstration(row, tools=True)
     else:
         keys = ", ".join(sorted(map(str, row))[:5]) or "nothing"
         raise DataError(f"a row needs messages, conversations, or instruction and output; this one has {keys}")

@@ -95,6 +95,8 @@ def _check_own_files(recipe: Recipe, run: Run) -> None:
             read_demonstrations(Path(file))
     if "reward" not in done and recipe.reward.rankings is not None:
         read_rankings(recipe.reward.rankings)
+    if "rl" not in done:
+        rl.check(recipe.rl, run.seed, rewarded="reward" in recipe.order())
 
 
 def _age_of_process() -> float:

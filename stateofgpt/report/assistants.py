@@ -172,15 +172,27 @@ def _ranking(example: dict[str, Any]) -> Markup:
 # --- reinforcement learning --------------------------------------------------------------------------------------
 
 
+def _how(algorithm: str, verified: bool) -> str:
+    """By what the policy learned, in words."""
+    if algorithm == "ppo" and not verified:
+        return "PPO against the reward model, held near the SFT model by a KL penalty"
+    if algorithm in ("dpo", "ipo", "kto"):
+        return f"{algorithm.upper()} on ranked answers, without sampling"
+    names = {"dr_grpo": "Dr. GRPO", "best_of_n": "Finetuning on the best of n", "rejection": "Rejection sampling"}
+    name = names.get(algorithm, pages.clean(algorithm, 20).upper())
+    return f"{name} against {'answers known to be right' if verified else 'the reward model'}"
+
+
 def reinforcement(record: Record) -> Section:
-    """Reward, truth, distance, entropy and length as PPO goes on, and the manners it taught."""
+    """Reward, truth, distance, entropy and length as training goes on, and the manners it taught."""
     id_, title = "rl", "Reinforcement learning"
     if not record.metrics.get("rl"):
         gap = pages.missing("No policy has been trained.", f"sog rl --out {record.name}")
         return Section(id_, title, "Tokens that scored well become likelier.", gap, "rl")
     result = record.part("rl")
     before, after, p = (number(result.get(key)) for key in ("true_sft", "true_rl", "p_value"))
-    finding = "PPO against the reward model, held near the SFT model by a KL penalty"
+    verified = result.get("reward") == "verified"
+    finding = _how(str(result.get("algorithm", "ppo")), verified)
     if before is not None and after is not None:
         finding += f": the true score, which it never saw, goes from {decimal(before, 3)} to {decimal(after, 3)}"
         finding += f" on held-out prompts (paired test, p\u00a0{probability(p)})" if p is not None else ""
@@ -188,7 +200,7 @@ def reinforcement(record: Record) -> Section:
     if stopped := pages.clean(result.get("stopped") or "", 200).rstrip("."):
         finding += f" It stopped early: {stopped}."
     charts = [
-        ("Reward by the reward model", "proxy_reward"),
+        ("Reward: share of right answers" if verified else "Reward by the reward model", "proxy_reward"),
         ("True score", "true_score"),
         ("KL to the SFT model, nats", "kl"),
         ("Entropy, nats per token", "entropy"),
@@ -205,7 +217,7 @@ def _manner_chart(record: Record) -> Markup:
 
 
 def _manners(record: Record) -> Markup:
-    """Two stacked bars: how plain arithmetic was answered before PPO and after it.
+    """Two stacked bars: how plain arithmetic was answered before training and after it.
 
     On held-out prompts if the stage measured that, else over the first and the last updates.
     """

@@ -1,19 +1,24 @@
-"""The mathematics of learning from preferences: ranking loss, advantages, PPO. Pure functions of tensors.
+"""The losses of learning from preferences: ranking, clipped policies and values, divergence. Pure functions of tensors.
+
+Owns what is minimised; how good an answer was is `rl.advantage`'s, and learning without sampling is `rl.offline`'s.
 
 Shapes: a batch of B sequences seen as T transitions; entry [b, t] is about choosing token t+1 of sequence b after the
 first t+1 tokens. `mask` [B, T] is 1 where that token was sampled by the policy, 0 for prompt, tool output and padding.
 
-Sources: InstructGPT (arXiv 2203.02155), PPO (1707.06347), GAE (1506.02438), details in Huang et al. (2403.17031).
+Sources: InstructGPT (arXiv 2203.02155), PPO (1707.06347), RLOO (2402.14740), GRPO (2402.03300) and its bias-free form
+(2503.20783), details in Huang et al. (2403.17031).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Normalisation = Literal["token", "sequence", "constant"]
 MAX_LOG_RATIO = 20.0  # exp() of 89 is infinite, and its gradient NaN even where the clip ignores it
 
 
@@ -54,40 +59,19 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` shifted and scaled to mean 0 and variance 1 over the mask; zero outside of it."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+def aggregate(x: Tensor, mask: Tensor, normalise: Normalisation, length: int = 0) -> Tensor:
+    """One number from terms [B, T] of sampled tokens.
 
-
-def shaped_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
-    """Rewards [B, T]: -kl_coefficient * (log pi - log pi_ref) at each sampled token, and `scores` [B] at the last."""
-    rewards = -kl_coefficient * (logprobs - reference) * mask
-    last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(dim=1)
-    rows = torch.arange(mask.shape[0])
-    rewards[rows, last] += scores * mask[rows, last]
-    return rewards
-
-
-def advantages(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates and returns, each [B, T] (GAE equation 16), zero outside the mask.
-
-    Tokens the policy did not sample are no decisions of its own: the state after a tool's answer follows its last token
-    directly, so estimates are carried across masked entries unchanged.
+    "token": the mean over all of them. "sequence": the mean over answers of each one's mean, so that a token of a short
+    answer weighs more (GRPO, 2402.03300 equation 3). "constant": the sum by B times `length`, the longest answer there
+    may be: every token weighs the same whatever the lengths (2503.20783, appendix A).
     """
-    out = torch.zeros_like(rewards)
-    next_value = torch.zeros(rewards.shape[0])
-    running = torch.zeros(rewards.shape[0])
-    for t in range(rewards.shape[1] - 1, -1, -1):
-        here = mask[:, t] > 0
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        running = torch.where(here, delta + gamma * lam * running, running)
-        next_value = torch.where(here, values[:, t], next_value)
-        out[:, t] = running * here
-    return out, (out + values) * mask
+    x = x * mask
+    if normalise == "token":
+        return x.sum() / mask.sum().clamp(min=1)
+    if normalise == "sequence":
+        return (x.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    return x.sum() / (mask.shape[0] * max(1, length))
 
 
 @dataclass(frozen=True)
@@ -99,17 +83,57 @@ class PolicyLoss:
     approx_kl: Tensor
 
 
-def clipped_policy_loss(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip: float) -> PolicyLoss:
-    """PPO's clipped surrogate (equation 7), negated, mean over sampled tokens. `new`, `old` are log-probabilities."""
+def clipped_policy_loss(
+    new: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    clip: float,
+    normalise: Normalisation = "token",
+    length: int = 0,
+) -> PolicyLoss:
+    """PPO's clipped surrogate (equation 7), negated. `new`, `old` are log-probabilities, `advantage` [B, T] or [B, 1].
+
+    By default the mean over sampled tokens; see `aggregate` for the others.
+    """
     log_ratio = ((new - old) * mask).clamp(max=MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     plain = -advantage * ratio
     clipped = -advantage * ratio.clamp(1.0 - clip, 1.0 + clip)
     return PolicyLoss(
-        masked_mean(torch.maximum(plain, clipped), mask),
+        aggregate(torch.maximum(plain, clipped), mask, normalise, length),
         masked_mean((clipped > plain).float(), mask).detach(),
         masked_mean(ratio - 1.0 - log_ratio, mask).detach(),
     )
+
+
+def answer_policy_loss(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip: float) -> PolicyLoss:
+    """The same with a whole answer as one action: the ratio is that of its probability, the mean is over answers.
+
+    `advantage` [B] or [B, 1]. At a ratio of 1 the gradient is REINFORCE's, -A grad log pi(answer) (2402.14740).
+    """
+    log_ratio = ((new - old) * mask).sum(1).clamp(max=MAX_LOG_RATIO)
+    ratio, advantage = log_ratio.exp(), advantage.reshape(-1)
+    plain = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1.0 - clip, 1.0 + clip)
+    tokens = mask.sum().clamp(min=1)
+    return PolicyLoss(
+        torch.maximum(plain, clipped).mean(),
+        (clipped > plain).float().mean().detach(),
+        ((ratio - 1.0 - log_ratio).sum() / tokens).detach(),
+    )
+
+
+def kl_to_reference(new: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """Per sampled token [B, T] r - 1 - log r with r = pi_ref / pi: never negative, and KL(pi, pi_ref) in the mean over
+    tokens of pi (Schulman's k3; GRPO equation 4)."""
+    log_ratio = ((reference - new) * mask).clamp(max=MAX_LOG_RATIO)
+    return log_ratio.exp() - 1.0 - log_ratio
+
+
+def likelihood_loss(new: Tensor, mask: Tensor) -> Tensor:
+    """Supervised finetuning on answers that were sampled: mean over their tokens of -log pi."""
+    return -masked_mean(new, mask)
 
 
 def clipped_value_loss(new: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:

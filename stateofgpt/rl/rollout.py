@@ -52,6 +52,17 @@ def rollouts_of(turns: Sequence[Turn], pad_id: int) -> Rollouts:
     return Rollouts(ids, mask)
 
 
+def laid_out(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, context: int) -> Rollouts:
+    """Texts that were not sampled, as (ids, mask of the ids that are learned from); the oldest ids of those longer than
+    the context are dropped."""
+    ids = pad([row[-context:] for row, _ in rows], pad_id, context)
+    mask = torch.zeros(ids.shape[0], ids.shape[1] - 1)
+    for number, (_, learned) in enumerate(rows):
+        kept = learned[-context:][1:]  # the first id of a text is predicted by nothing
+        mask[number, : len(kept)] = torch.tensor(kept, dtype=torch.float32)
+    return Rollouts(ids, mask)
+
+
 def policy_logprobs(model: GPT, rollouts: Rollouts, way: Way) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the sampled tokens and entropies, each [B, T], at temperature 1; zero outside the mask.
 
@@ -64,6 +75,15 @@ def policy_logprobs(model: GPT, rollouts: Rollouts, way: Way) -> tuple[Tensor, T
     chosen, entropy = token_logprobs(logits, rollouts.targets[sampled])
     empty = torch.zeros(sampled.shape)
     return empty.masked_scatter(sampled, chosen), empty.masked_scatter(sampled, entropy)
+
+
+def drawn_logprobs(turns: Sequence[Turn], rollouts: Rollouts) -> Tensor:
+    """The log-probabilities [B, T] with which the engine drew the sampled tokens; zero outside the mask."""
+    out = torch.zeros_like(rollouts.mask)
+    for row, turn in enumerate(turns):
+        start = len(turn.prompt_ids) - 1
+        out[row, start : start + len(turn.logprobs)] = torch.tensor(turn.logprobs)
+    return out * rollouts.mask
 
 
 def values(model: ValueModel, rollouts: Rollouts, way: Way) -> Tensor:

@@ -276,6 +276,7 @@ class _Round:
                 left = stage.decide("budget", lambda: {"seconds": max(5.0, total * (1 - BATTLES_SHARE) - spent)})
                 n = self._shortened(config.held_out_prompts)
                 config = replace(config, iterations=None, seconds=left["seconds"], held_out_prompts=n)
+            config = replace(config, ppo=replace(config.ppo, pretraining=None))  # a round has no texts of its own
             own = self._askable([*self.set.train, *self.set.earlier])
             return rl.PolicyTraining(
                 config,
@@ -288,6 +289,7 @@ class _Round:
                 reward["std"],
                 own,
                 self.config.own_share,
+                self.set.mixed(self.run.seed, 1, self.config.replay),
             ).work()
 
     def _askable(self, rankings: Sequence[Ranking]) -> list[Conversation]:

@@ -34,6 +34,7 @@ from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
+MEASURING = 0.02  # share of the seconds that timing a step may take, if more than one repetition fits
 PROMPTS = (  # one for each kind of text in the default mixture
     "Psalms 23\n\n1 The LORD is my",
     "Iris: Hi! How are you doing today?\nJack:",
@@ -200,19 +201,20 @@ class _Pretraining:
         assert c.seconds is not None
         ids = torch.zeros(c.rows, self.context, dtype=torch.int64)
         batch = Batch(ids, ids, torch.ones(c.rows, self.context))
-        forward_backward = timed_steps(lambda: loss(model, batch), model, 9)
+        forward_backward = timed_steps(lambda: loss(model, batch), model, 9, MEASURING * c.seconds)
         copy = GPT(model.config)
         trainer = Trainer(copy, c.loop, loss.kernels)
         for p in copy.parameters():
             p.grad = torch.zeros_like(p)
         trainer.optimizer.step(0.0)  # the first also allocates
-        start = time.perf_counter()
-        for _ in range(3):
+        start, n = time.perf_counter(), 0
+        while n == 0 or (n < 3 and time.perf_counter() - start < MEASURING * c.seconds):
             trainer.optimizer.step(0.0)
-        step_seconds = forward_backward + (time.perf_counter() - start) / 3
+            n += 1
+        step_seconds = forward_backward + (time.perf_counter() - start) / n
         start = time.perf_counter()
         _Watch(self, copy, 1).evaluate(c.eval_tokens // 4)
-        looks = (time.perf_counter() - start) * (4 + len(c.eval_at)) + 0.5 * len(c.sample_at)
+        looks = (time.perf_counter() - start) * (6 + len(c.eval_at)) + 0.5 * len(c.sample_at)
         left = c.seconds - self.stage.seconds() - looks
         return max(20, int(left / step_seconds))
 

@@ -1,7 +1,7 @@
-"""Reinforcement learning from the reward model: PPO from the SFT policy.
+"""Reinforcement learning: from the SFT policy, by PPO against the reward model or as the configuration says.
 
-Owns what is particular to the stage: which prompts, how many iterations the budget allows, the guard on KL, and the
-comparison with SFT on held-out prompts. The algorithm lives in `rl/`.
+Owns what is particular to the stage and the same for every algorithm: which prompts, how many iterations the budget
+allows, the guard on KL, and the comparison with SFT on held-out prompts. The algorithms live in `rl/`.
 """
 
 from __future__ import annotations
@@ -12,26 +12,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from stateofgpt.assistant.session import Session, Turn
 from stateofgpt.assistant.tools import Toolbox
-from stateofgpt.data.prompts import PromptConfig, prompts
+from stateofgpt.data.comparisons import Ranking, read_rankings
+from stateofgpt.data.prompts import PromptConfig
 from stateofgpt.data.skills import Problem, manner_of
 from stateofgpt.data.skills.problems import ARITHMETIC
+from stateofgpt.data.tasks import tasks_of
 from stateofgpt.errors import ConfigError
 from stateofgpt.eval.diversity import sign_flip_test
 from stateofgpt.eval.suites import conversation
 from stateofgpt.infer.engine import Engine, SamplingParams
-from stateofgpt.model.checkpoint import load_model, load_reward, save_checkpoint
-from stateofgpt.model.gpt import GPT
-from stateofgpt.model.heads import ValueModel
+from stateofgpt.model.checkpoint import save_checkpoint
+from stateofgpt.rl.group import GroupConfig
 from stateofgpt.rl.labeller import SimulatedLabeller
-from stateofgpt.rl.ppo import PPO, PPOConfig
+from stateofgpt.rl.optimization import Logprobs, UpdateConfig
+from stateofgpt.rl.preference import OfflineConfig
 from stateofgpt.run import Run, Stage
+from stateofgpt.stages.algorithms import (
+    OFFLINE,
+    Algorithm,
+    Reward,
+    group_of,
+    optimization_of,
+    pretraining_of,
+    rankings_of,
+    scorer_of,
+)
 from stateofgpt.stages.transcript import written
 from stateofgpt.stages.way import way_of
 from stateofgpt.text.chat import ChatFormat, Conversation
@@ -41,13 +53,21 @@ from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
 MANNERS = ("direct", "steps", "tool")
+FIRST = 50_000  # the index of the first prompt asked: the reward stage asks those from 0
+LOOKED_AT = 16  # prompts of an iteration that learns from rankings
 SHOWN = 2  # rollouts of every iteration that are kept to read
 
 
 @dataclass(frozen=True)
 class Config:
     """Give `seconds` or `iterations`. `max_kl` is a budget in nats per answer: where a batch shows the policy beyond
-    it, the run ends with the policy as it was before the update that led there."""
+    it, the run ends with the policy as it was before the update that led there.
+
+    `batch` answers are drawn in an iteration, `group` of them to every prompt. `reward` is "learned" (the reward
+    stage's model) or "verified" (the problems' own right answers); `tasks` a file of word problems or
+    "reasoning_gym:NAME", None for the skills. dpo, ipo and kto learn from `rankings`, by default the reward stage's.
+    Settings of None: ppo, a group of 1, or of 4 where the algorithm compares, and learned rewards.
+    """
 
     seconds: float | None = None
     iterations: int | None = None
@@ -58,32 +78,65 @@ class Config:
     held_out_prompts: int = 192
     save_every_s: float = 20.0
     prompts: PromptConfig = field(default_factory=PromptConfig)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
+    ppo: UpdateConfig = field(default_factory=UpdateConfig)
+    algorithm: Algorithm | None = None
+    group: int | None = None
+    reward: Reward | None = None
+    tasks: str | None = None
+    rankings: str | None = None
+    logprobs: Logprobs | None = None
+    groups: GroupConfig | None = None
+    offline: OfflineConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.seconds is None) == (self.iterations is None):
             raise ConfigError("rl needs either seconds or iterations, and not both")
         if self.batch < self.ppo.minibatches:
             raise ConfigError(f"rl.batch ({self.batch}) is smaller than rl.ppo.minibatches ({self.ppo.minibatches})")
+        if self.batch % (group := group_of(self.chosen, self.group)):
+            raise ConfigError(f"rl.batch ({self.batch}) is no multiple of rl.group ({group})")
+        if self.ppo.pretraining is not None and self.chosen in OFFLINE:
+            raise ConfigError(f"rl.ppo.pretraining goes with algorithms that sample, and {self.chosen} does not")
+
+    @property
+    def chosen(self) -> Algorithm:
+        """The algorithm."""
+        return self.algorithm or "ppo"
 
 
 def run(config: Config, run: Run) -> dict[str, Any]:
-    """Train a policy with PPO on the run's SFT and reward models; returns the stage's result."""
+    """Train a policy on the run's SFT model; returns the stage's result."""
     stage = run.stage("rl")
     with stage.timed():
         if (done := stage.result()) is not None:
             return done
-        sft, reward = run.stage("sft").checkpoint, run.stage("reward").checkpoint
         way = way_of(run)
-        normal = run.stage("reward").result() or {}
-        return PolicyTraining(config, run, stage, sft, reward, way, normal["mean"], normal["std"]).work()
+        rewarding = run.stage("reward")
+        normal = rewarding.result()
+        reward = None if normal is None else rewarding.checkpoint
+        mean, std = (0.0, 1.0) if normal is None else (normal["mean"], normal["std"])
+        rankings = rankings_of(run, config.rankings) if config.chosen in OFFLINE else ()
+        return PolicyTraining(
+            config, run, stage, run.stage("sft").checkpoint, reward, way, mean, std, rankings=rankings
+        ).work()
+
+
+def check(config: Config, seed: int, *, rewarded: bool) -> None:
+    """Read the user's files and settings before anything is trained; `rewarded`: whether there is a reward stage."""
+    tasks_of(config.tasks, seed, config.prompts)
+    if config.rankings is not None:
+        read_rankings(config.rankings)
+    if not rewarded and config.chosen in OFFLINE and config.rankings is None:
+        raise ConfigError(f"{config.chosen} learns from rankings: add the reward stage, or give --rl.rankings FILE")
+    if not rewarded and config.chosen not in OFFLINE and config.reward != "verified":
+        raise ConfigError("without a reward stage the rl stage needs --rl.reward verified")
 
 
 class PolicyTraining:
-    """PPO from the policy in `start` against the reward model in `reward`, within one stage's folder.
+    """Policy optimisation from the policy in `start`, within one stage's folder; `reward` is the reward model's folder.
 
     `own` are prompts of people's, which get `own_share` of every batch; they have no right answer, so the true score
-    is that of the others.
+    is that of the others, and with verified rewards they are not asked. `rankings` are what dpo, ipo and kto learn.
     """
 
     def __init__(
@@ -92,45 +145,60 @@ class PolicyTraining:
         run: Run,
         stage: Stage,
         start: Path,
-        reward: Path,
+        reward: Path | None,
         way: Way,
         mean: float,
         std: float,
         own: Sequence[Conversation] = (),
         own_share: float = 0.0,
+        rankings: Sequence[Ranking] = (),
     ) -> None:
-        self.own, self.n_own = own, round(own_share * config.batch) if own else 0
         self.config, self.run, self.stage, self.start, self.reward = config, run, stage, start, reward
+        algorithm, self.group = config.chosen, group_of(config.chosen, config.group)
+        kind = config.reward or ("verified" if algorithm in OFFLINE and reward is None else "learned")
+        self.rewarded = kind
+        self.n_prompts = config.batch // self.group
+        if algorithm in OFFLINE:  # answers are only looked at
+            self.n_prompts = min(self.n_prompts, LOOKED_AT)
+        self.own, self.n_own = own, round(own_share * self.n_prompts) if own and kind == "learned" else 0
         self.tokenizer = Tokenizer.load(start)
         self.chat = ChatFormat(self.tokenizer)
         self.labeller = SimulatedLabeller(run.seed)
-        self.ppo = PPO(
-            load_model(start),
-            load_model(start),
-            load_reward(reward),
-            ValueModel(load_reward(reward)),
+        self.tasks = tasks_of(config.tasks, run.seed, config.prompts)
+        scorer = scorer_of(kind, reward, config.ppo, self.chat, self.tasks, mean, std)
+        self.optimization = optimization_of(
+            algorithm,
+            start,
+            reward,
+            scorer,
             config.ppo,
-            pad_id=self.tokenizer.pad,
-            end_id=self.chat.end,
-            reward_mean=mean,
-            reward_std=std,
-            way=way,
+            self.chat,
+            way,
+            group=self.group,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            of_groups=config.groups or GroupConfig(),
+            offline=config.offline or OfflineConfig(),
+            logprobs=config.logprobs,
+            rankings=rankings,
         )
-        self.engine = Engine(self.ppo.policy, max_batch=config.batch, native=way.native)
+        if config.ppo.pretraining is not None:
+            self.optimization.pretraining = pretraining_of(run, config.ppo, self.tokenizer.eot)
+        self.policy = self.optimization.policy
+        self.engine = Engine(self.policy, max_batch=config.batch, native=way.native)
         self.session = Session(self.engine, self.chat, Toolbox())
         # the policy before the last update: what remains when that update leads past the KL budget
-        self.within_budget = {n: p.detach().clone() for n, p in self.ppo.policy.named_parameters()}
+        self.within_budget = {n: p.detach().clone() for n, p in self.policy.named_parameters()}
 
     def work(self) -> dict[str, Any]:
-        held_out = prompts(self.run.seed, self.config.held_out_prompts, self.config.prompts, "heldout", 10_000)
+        held_out = self.tasks.problems(self.config.held_out_prompts, "heldout", 10_000)
         before = self.stage.decide("before", lambda: self._measure(held_out))
         iterations = self.stage.decide("iterations", lambda: {"n": self._affordable()})["n"]
         state = TrainState(self.stage.resume_dir)
         first = 0
         if (saved := state.latest()) is not None:
             first = saved[0]
-            self._load(saved[1])
-            self.ppo.kl_coefficient = saved[2]["kl_coefficient"]
+            self._load(saved[1], saved[2])
         self.stage.truncate_metrics(first if first else -1)
         last_save = time.monotonic()
         stopped = ""
@@ -141,21 +209,20 @@ class PolicyTraining:
                 self._restore(self.within_budget)
                 break
             if time.monotonic() - last_save > self.config.save_every_s or i + 1 == iterations:
-                state.save(i + 1, self._tensors(), {"kl_coefficient": self.ppo.kl_coefficient})
+                state.save(i + 1, self._tensors(), self.optimization.numbers())
                 last_save = time.monotonic()
         return self._finish(before, held_out, iterations, stopped)
 
     def _iterate(self, i: int, iterations: int) -> float:
         """One batch of rollouts and its updates; returns the KL before them."""
-        start = 50_000 + i * self.config.batch
-        asked = prompts(self.run.seed, self.config.batch - self.n_own, self.config.prompts, "train", start)
-        turns = self._answer(asked, self.run.seed * 1_000_003 + 7 * i, self._drawn(i))
-        experience, watched = self.ppo.experience(turns)
+        asked, own = self._drawn(i)
+        turns = self._answer(asked, self.run.seed * 1_000_003 + 7 * i, own)
+        experience, watched = self.optimization.experience(turns, [*asked, *[None] * len(own)])
         if watched["kl"] <= self.config.max_kl:
-            self.within_budget = {n: p.detach().clone() for n, p in self.ppo.policy.named_parameters()}
+            self.within_budget = {n: p.detach().clone() for n, p in self.policy.named_parameters()}
             factor = warmup_stable_decay(i, iterations, warmup=2, decay_share=0.5, floor=0.1)
             order = torch.Generator().manual_seed(self.run.seed * 1_000_003 + i)
-            watched |= self.ppo.update(experience, order, factor, watched["kl"])
+            watched |= self.optimization.update(experience, order, factor, watched["kl"])
         turns = turns[: len(asked)]
         scores = self._true_scores(asked, turns)
         self.stage.log(i + 1, **watched, true_score=fmean(scores), **_shares(asked, turns))
@@ -163,9 +230,12 @@ class PolicyTraining:
             self.stage.sample(i + 1, prompt=problem.question, text=written(turn.messages), true_score=score)
         return watched["kl"]
 
-    def _drawn(self, i: int) -> list[Conversation]:
-        """The prompts of people's in batch `i`."""
-        return random.Random(f"own prompts {self.run.seed} {i}").choices(self.own, k=self.n_own) if self.n_own else []
+    def _drawn(self, i: int) -> tuple[list[Problem], list[Conversation]]:
+        """What is asked in batch `i`, each as often as it is answered: problems, and prompts of people's."""
+        start = FIRST + (i * self.n_prompts if i >= 0 else -1000)
+        asked = self.tasks.problems(self.n_prompts - self.n_own, "train", start)
+        chosen = random.Random(f"own prompts {self.run.seed} {i}").choices(self.own, k=self.n_own) if self.n_own else []
+        return _repeated(asked, self.group), _repeated(chosen, self.group)
 
     def _answer(self, asked: Sequence[Problem], seed: int, own: Sequence[Conversation] = ()) -> list[Turn]:
         self.engine.refresh()
@@ -173,12 +243,14 @@ class PolicyTraining:
         return self.session.converse([*map(conversation, asked), *own], params)
 
     def _true_scores(self, asked: Sequence[Problem], turns: Sequence[Turn]) -> list[float]:
-        return [self.labeller.score(p, t.messages) for p, t in zip(asked, turns, strict=True)]
+        """By the simulated labeller without noise; of tasks that it does not know, what their check says."""
+        score = self.labeller.score if self.config.tasks is None else self.tasks.check
+        return [score(p, t.messages) for p, t in zip(asked, turns, strict=True)]
 
     def _measure(self, held_out: Sequence[Problem]) -> dict[str, Any]:
         """The current policy on held-out prompts: true scores, KL, entropy, manners."""
         turns = self._answer(held_out, self.run.seed * 1_000_003 - 1)
-        _, watched = self.ppo.experience(turns)
+        watched = self.optimization.look(turns, held_out, exact=True).watched
         scores = self._true_scores(held_out, turns)
         return {
             "scores": scores,
@@ -194,31 +266,28 @@ class PolicyTraining:
         if self.config.iterations is not None:
             return self.config.iterations
         assert self.config.seconds is not None
-        tensors = {n: t.clone() for n, t in self._tensors().items()}
-        coefficient = self.ppo.kl_coefficient
+        tensors, numbers = {n: t.clone() for n, t in self._tensors().items()}, self.optimization.numbers()
         start = time.perf_counter()
-        asked = prompts(self.run.seed, self.config.batch - self.n_own, self.config.prompts, "train", 49_000)
-        experience, watched = self.ppo.experience(self._answer(asked, 0, self._drawn(-1)))
-        self.ppo.update(experience, torch.Generator().manual_seed(0), 0.0, watched["kl"])
+        asked, own = self._drawn(-1)
+        turns = self._answer(asked, 0, own)
+        experience, watched = self.optimization.experience(turns, [*asked, *[None] * len(own)])
+        self.optimization.update(experience, torch.Generator().manual_seed(0), 0.0, watched["kl"])
         seconds = time.perf_counter() - start
-        self._load(tensors)
-        self.ppo.kl_coefficient = coefficient
+        self._load(tensors, numbers)
         measuring = self.stage.seconds() - seconds
         return max(4, int((self.config.seconds - self.stage.seconds() - measuring) / seconds))
 
     def _tensors(self) -> dict[str, Tensor]:
-        both = (("policy.", self.ppo.policy_trainer), ("value.", self.ppo.value_trainer))
-        learning = {prefix + n: t for prefix, trainer in both for n, t in trainer.tensors().items()}
-        return learning | {f"within_budget.{n}": t for n, t in self.within_budget.items()}
+        return self.optimization.tensors() | {f"within_budget.{n}": t for n, t in self.within_budget.items()}
 
-    def _load(self, tensors: dict[str, Tensor]) -> None:
-        for prefix, trainer in (("policy.", self.ppo.policy_trainer), ("value.", self.ppo.value_trainer)):
-            trainer.load(_under(prefix, tensors))
-        self.within_budget = _under("within_budget.", tensors)
+    def _load(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        self.optimization.load(tensors, numbers)
+        prefix = "within_budget."
+        self.within_budget = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     @torch.no_grad()
     def _restore(self, weights: dict[str, Tensor]) -> None:
-        for name, p in self.ppo.policy.named_parameters():
+        for name, p in self.policy.named_parameters():
             p.copy_(weights[name])
 
     def _finish(
@@ -226,6 +295,8 @@ class PolicyTraining:
     ) -> dict[str, Any]:
         after = self._measure(held_out)
         result = {
+            "algorithm": self.config.chosen,
+            "reward": self.rewarded,
             "iterations": iterations,
             "stopped": stopped,
             "true_sft": fmean(before["scores"]),
@@ -238,14 +309,13 @@ class PolicyTraining:
             "before": {k: v for k, v in before.items() if k != "scores"},
             "after": {k: v for k, v in after.items() if k != "scores"},
         }
-        policy: GPT = self.ppo.policy
         save_checkpoint(
             self.stage.checkpoint,
-            policy,
+            self.policy,
             tokenizer=self.tokenizer,
             stage="rl",
             run=self.run.root.name,
-            parents=[self.start, self.reward],
+            parents=[self.start] if self.reward is None else [self.start, self.reward],
             metrics={"true_score": result["true_rl"], "kl": result["kl"]},
         )
         TrainState(self.stage.resume_dir).clear()
@@ -253,8 +323,12 @@ class PolicyTraining:
         return result
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+T = TypeVar("T")
+
+
+def _repeated(items: Sequence[T], times: int) -> list[T]:
+    """Each item `times` times, its copies side by side."""
+    return [item for item in items for _ in range(times)]
 
 
 def _shares(asked: Sequence[Problem], turns: Sequence[Turn]) -> dict[str, float]:

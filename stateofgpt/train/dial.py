@@ -5,6 +5,7 @@ Owns the trials and the choice. What it returns is decided once per run and stor
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -88,10 +89,15 @@ def measure_step(
     return median(times[1:])
 
 
-def timed_steps(loss: Callable[[], torch.Tensor], model: torch.nn.Module, repeats: int) -> float:
-    """Median seconds of forward and backward, after one pass that is not counted; leaves no gradient behind."""
-    times = []
-    for _ in range(repeats + 1):
+def timed_steps(
+    loss: Callable[[], torch.Tensor], model: torch.nn.Module, repeats: int, within: float = math.inf
+) -> float:
+    """Median seconds of forward and backward, after one pass that is not counted; leaves no gradient behind.
+
+    No repetition begins after `within` seconds, but one is always made.
+    """
+    times: list[float] = []
+    while len(times) < 2 or (len(times) <= repeats and sum(times) < within):
         start = time.perf_counter()
         loss().backward()
         times.append(time.perf_counter() - start)

@@ -23,7 +23,8 @@ from stateofgpt.model.lora import adapters, effective_weight
 from stateofgpt.train.kernels import Kernels
 
 BLOCK = 128  # queries that attend together: what lies past them is never computed
-LOGITS = 1 << 21  # logits held at a time
+LOGITS = 1 << 21  # logits held at a time, or those of as many rows as the next line says, if these are more
+HEAD_ROWS = 512  # fewer rows at once spend more on adding up the head's gradient than on making it
 LONGEST = 1024  # tokens of context: attention keeps its probabilities, which grow with the square of this
 
 
@@ -251,7 +252,7 @@ class _Head(torch.autograd.Function):
         h, rstd = k.rmsnorm(x, norm, spec.eps)
         dh, dweight = torch.empty_like(h), torch.zeros(weight.shape) if ctx.needs_input_grad[2] else None
         losses = []
-        rows = max(1, LOGITS // weight.shape[0])
+        rows = max(HEAD_ROWS, LOGITS // weight.shape[0])
         for start in range(0, x.shape[0], rows):
             part = slice(start, start + rows)
             logits = h[part] @ weight.t()

@@ -21,6 +21,7 @@ from stateofgpt.errors import ConfigError, ModelError
 from stateofgpt.train.average import TailAverage
 from stateofgpt.train.guard import SpikeConfig, SpikeGuard
 from stateofgpt.train.kernels import Kernels
+from stateofgpt.train.memory import keep_memory
 from stateofgpt.train.optim import MuonAdamW, OptimConfig
 from stateofgpt.train.state import TrainState
 
@@ -57,6 +58,7 @@ class Trainer:
     """
 
     def __init__(self, model: nn.Module, config: LoopConfig, kernels: Kernels | None = None) -> None:
+        keep_memory()
         self.model = model
         self.config = config
         self.optimizer = MuonAdamW(model.named_parameters(), config.optim, kernels)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from decimal import Decimal
 from typing import Literal
 
 from stateofgpt.data.skills.arithmetic import COLUMN
@@ -73,6 +74,9 @@ def is_right(problem: Problem, conversation: Conversation) -> bool:
         return stated_number(text, given) == problem.answer and asked in ("", None, manner_of(conversation))
     if skill in ("fact", "compare", "count"):
         return _last_number(text) == problem.answer
+    if skill == "word_problem":
+        told = _last_number(text)
+        return told is not None and Decimal(told) == Decimal(problem.answer)
     if skill in ("copy", "reverse", "sort"):
         return _list_of(text) == [item.strip() for item in problem.answer.split(",")]
     if skill == "names":

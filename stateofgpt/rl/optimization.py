@@ -1,0 +1,249 @@
+"""One iteration of policy optimisation, whatever the algorithm: look at the answers, then update.
+
+Owns what all algorithms share: the policy and what it began as, the scores, log-probabilities, the measured KL with its
+coefficient, epochs and minibatches, and what there is to save. What is learned from the answers is a subclass's. Knows
+no files and no labels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stateofgpt.assistant.session import Turn
+from stateofgpt.data.skills import Problem
+from stateofgpt.errors import ConfigError
+from stateofgpt.model.gpt import GPT
+from stateofgpt.rl.objective import adapt_kl_coefficient, masked_mean
+from stateofgpt.rl.rollout import Rollouts, drawn_logprobs, policy_logprobs, rollouts_of
+from stateofgpt.rl.scoring import Scorer
+from stateofgpt.train.loop import LoopConfig, Trainer
+from stateofgpt.train.loss import Batch, LanguageModelLoss, Way
+from stateofgpt.train.optim import OptimConfig
+
+Logprobs = Literal["engine", "training"]
+
+
+def _adam(lr: float) -> LoopConfig:
+    return LoopConfig(optim=OptimConfig(lr=lr, eps=1e-5, weight_decay=0.0, use_muon=False))
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """Everything about the updates. KL is in nats per answer, summed over its sampled tokens.
+
+    `kl_gain` is how fast the coefficient follows: the paper's 0.1 is for thousands of batches, a run here has tens.
+    `value*`, `gamma` and `lam` are PPO's own, the rest is every algorithm's. `pretraining` is the weight of the loss on
+    texts of pretraining, `pretraining_rows` of which go with every update (InstructGPT's PPO-ptx); None for none.
+    """
+
+    epochs: int = 2
+    minibatches: int = 2
+    clip: float = 0.2
+    value_clip: float = 0.2
+    gamma: float = 1.0
+    lam: float = 0.95
+    kl_coefficient: float = 0.15
+    kl_target: float | None = None
+    kl_gain: float = 1.0
+    no_end_score: float = -2.0
+    policy: LoopConfig = field(default_factory=lambda: _adam(1.5e-4))
+    value: LoopConfig = field(default_factory=lambda: _adam(3e-4))
+    pretraining: float | None = None
+    pretraining_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatches", "pretraining_rows"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"ppo.{name} is {value}, must be at least 1")
+        for name in ("clip", "value_clip", "kl_target", "pretraining"):
+            if (value := getattr(self, name)) is not None and not value > 0.0:
+                raise ConfigError(f"ppo.{name} is {value}, must be above 0")
+        for name in ("gamma", "lam"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"ppo.{name} is {getattr(self, name)}, must be from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Rollouts with all that the updates hold fixed. Tensors are [B, T]; advantages may be [B, 1]."""
+
+    rollouts: Rollouts
+    logprobs: Tensor
+    reference: Tensor
+    advantages: Tensor
+    values: Tensor | None = None
+    returns: Tensor | None = None
+
+    @property
+    def weight(self) -> float:
+        return float(self.rollouts.mask.sum())
+
+    def rows(self, index: Tensor) -> Experience:
+        """Some rows, without the columns that are padding in all of them."""
+        part = self.rollouts.rows(index)
+        used = part.mask.shape[1]
+
+        def cut(x: Tensor) -> Tensor:
+            return x[index][:, :used]
+
+        values, returns = (None if x is None else cut(x) for x in (self.values, self.returns))
+        return Experience(part, cut(self.logprobs), cut(self.reference), cut(self.advantages), values, returns)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Answers before anything is learned from them: `scores` [B], log-probabilities [B, T], and what to tell."""
+
+    rollouts: Rollouts
+    logprobs: Tensor
+    reference: Tensor
+    scores: Tensor
+    watched: dict[str, float]
+
+
+class Optimization(ABC):
+    """A policy and how it learns from its answers.
+
+    `logprobs` says whose log-probabilities of the drawn tokens are held fixed: "training" computes them again by the
+    forward pass that the updates use, "engine" takes those of the rollout. They are the same numbers within 1e-4 where
+    the way is float32. In bfloat16 they are not: the rollout is always float32, and against it the ratio of a policy
+    that has not changed yet would not be 1 but off by the rounding, token by token, which the clip takes for a change.
+
+    `pretraining`, where it is set, draws a batch of pretraining rows with the generator it is given.
+    """
+
+    told: tuple[str, ...] = ("policy_loss", "clip_fraction", "approx_kl")  # of the updates, means over them
+
+    def __init__(
+        self,
+        policy: GPT,
+        reference: GPT,
+        scorer: Scorer,
+        config: UpdateConfig,
+        *,
+        pad_id: int,
+        way: Way,
+        logprobs: Logprobs = "training",
+    ) -> None:
+        self.policy, self.reference, self.scorer = policy, reference, scorer
+        self.config, self.pad_id, self.way, self.logprobs = config, pad_id, way, logprobs
+        self.kl_coefficient = config.kl_coefficient
+        self.pretraining: Callable[[torch.Generator], Batch] | None = None
+        self._language = LanguageModelLoss(way.dtype, fused=way.fused)
+        self.trainers: dict[str, Trainer] = {"policy": Trainer(policy, config.policy, way.kernels)}
+
+    # ---- answers --------------------------------------------------------------------------------------------------
+
+    def scores(self, turns: Sequence[Turn], problems: Sequence[Problem | None] = ()) -> Tensor:
+        """Scores [B]."""
+        return self.scorer(turns, problems)
+
+    @torch.no_grad()
+    def look(self, turns: Sequence[Turn], problems: Sequence[Problem | None] = (), *, exact: bool = False) -> Seen:
+        """Score answers and see how far the policy is from what it began as.
+
+        With the engine's log-probabilities the entropy is estimated, by the mean of -log pi of what was drawn, unless
+        an `exact` look is asked for.
+        """
+        rollouts = rollouts_of(turns, self.pad_id)
+        mask = rollouts.mask
+        if self.logprobs == "engine" and not exact:
+            logprobs = drawn_logprobs(turns, rollouts)
+            entropy = -logprobs
+        else:
+            logprobs, entropy = self._in_parts(lambda part: policy_logprobs(self.policy, part, self.way), rollouts)
+        reference, _ = self._in_parts(lambda part: policy_logprobs(self.reference, part, self.way), rollouts)
+        scores = self.scores(turns, problems)
+        watched = {
+            "proxy_reward": scores.mean().item(),
+            "kl": ((logprobs - reference) * mask).sum(1).mean().item(),
+            "entropy": masked_mean(entropy, mask).item(),
+            "length": mask.sum(1).mean().item(),
+            "kl_coefficient": self.kl_coefficient,
+        }
+        return Seen(rollouts, logprobs, reference, scores, watched)
+
+    @torch.no_grad()
+    def experience(
+        self, turns: Sequence[Turn], problems: Sequence[Problem | None] = ()
+    ) -> tuple[Experience, dict[str, float]]:
+        """What can be learned from answers; also what there is to watch before the update."""
+        seen = self.look(turns, problems)
+        return self._experience(seen), seen.watched
+
+    @abstractmethod
+    def _experience(self, seen: Seen) -> Experience: ...
+
+    # ---- updates --------------------------------------------------------------------------------------------------
+
+    def update(self, experience: Experience, order: torch.Generator, factor: float, kl: float) -> dict[str, float]:
+        """All epochs over one batch of experience; learning rates times `factor`. The means over the updates made."""
+        c, rows = self.config, experience.rollouts.ids.shape[0]
+        sums = dict.fromkeys(self.told, 0.0)
+        updates = 0
+        for _ in range(c.epochs if rows else 0):
+            for index in torch.randperm(rows, generator=order).chunk(c.minibatches):
+                updates += 1
+                extra = None if self.pretraining is None else self.pretraining(order)
+                self._learn(experience.rows(index), extra, sums, factor)
+        self._adapt(kl)
+        return {name: total / max(1, updates) for name, total in sums.items()}
+
+    def _learn(self, batch: Experience, extra: Batch | None, sums: dict[str, float], factor: float) -> None:
+        """One update; adds what it told to `sums`."""
+
+        def loss(model: GPT, batch: Experience) -> Tensor:
+            value = self._policy_loss(model, batch, sums)
+            if extra is not None and self.config.pretraining is not None:
+                value = value + self.config.pretraining * self._language(model, extra) / extra.weight
+            return value * batch.weight  # the trainer divides by it
+
+        sums["policy_loss"] += self.trainers["policy"].step([batch], loss, factor)["loss"]
+
+    @abstractmethod
+    def _policy_loss(self, model: GPT, batch: Experience, sums: dict[str, float]) -> Tensor:
+        """The mean loss of a minibatch; adds what there is to watch to `sums`."""
+
+    def _adapt(self, kl: float) -> None:
+        if self.config.kl_target is not None:
+            self.kl_coefficient = adapt_kl_coefficient(
+                self.kl_coefficient, kl, self.config.kl_target, self.config.kl_gain
+            )
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that learning changes, beside `numbers`."""
+        return {f"{name}.{n}": t for name, trainer in self.trainers.items() for n, t in trainer.tensors().items()}
+
+    def numbers(self) -> dict[str, float]:
+        """The same for what is no tensor."""
+        return {"kl_coefficient": self.kl_coefficient}
+
+    def load(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """Take over what both gave."""
+        for name, trainer in self.trainers.items():
+            prefix = f"{name}."
+            trainer.load({n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)})
+        self.kl_coefficient = numbers["kl_coefficient"]
+
+    def _in_parts(
+        self, forward: Callable[[Rollouts], tuple[Tensor, ...]], rollouts: Rollouts, at_once: int = 16
+    ) -> tuple[Tensor, ...]:
+        """Run a forward pass over rows in parts of like length, and put the results back into [B, T]."""
+        B, T = rollouts.mask.shape
+        last = (rollouts.mask * torch.arange(1, T + 1)).argmax(1)
+        outs: list[Tensor] = []
+        for index in last.argsort(stable=True).split(at_once):
+            parts = forward(rollouts.rows(index))
+            if not outs:
+                outs = [torch.zeros(B, T) for _ in parts]
+            for whole, part in zip(outs, parts, strict=True):
+                whole[index, : part.shape[1]] = part
+        return tuple(outs)
