@@ -125,7 +125,7 @@ def sample(options: argparse.Namespace) -> None:
     from stateofgpt.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder)
-    engine = Engine(load_model(folder))
+    engine = Engine(load_model(folder), native=True)
     prompt = [tokenizer.eot, *tokenizer.encode(options.prompt)]
     params = [
         SamplingParams(

@@ -195,7 +195,7 @@ def test_a_held_request_is_extended_as_if_its_whole_text_had_been_the_prompt(arc
     assert {e.request for e in engine.step()} == {other}
 
 
-def test_extending_what_is_not_held_is_refused_and_held_rows_can_fill_the_engine() -> None:
+def test_extending_what_is_not_held_is_refused_and_held_requests_hold_up_nobody() -> None:
     engine = Engine(make_model(), max_batch=1)
     loose = engine.add([1, 2], SamplingParams(max_tokens=1))
     engine.step()
@@ -206,10 +206,25 @@ def test_extending_what_is_not_held_is_refused_and_held_rows_can_fill_the_engine
     assert engine.idle
     with pytest.raises(ModelError, match="all its 1 tokens"):
         engine.extend(held, [3])
-    with pytest.raises(ModelError, match="held by finished requests"):
-        engine.complete([[4]], SamplingParams())
+    assert len(engine.complete([[4]], SamplingParams(max_tokens=2))[0].ids) == 2
     engine.release(held)
     assert len(engine.complete([[4]], SamplingParams(max_tokens=2))[0].ids) == 2
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_held_request_that_lost_its_row_and_its_blocks_goes_on_as_if_it_had_not(native: bool) -> None:
+    model = make_model()
+    block = Engine(model, native=native)._decoder.block_bytes
+    engine = Engine(model, max_batch=1, cache_bytes=4 * block, native=native)  # one full context
+    prompt, other = prompts_of(20, 40)
+    params = SamplingParams(max_tokens=6, temperature=0.0)
+    first = naive_greedy(model, prompt, 6).ids
+    held = engine.add(prompt, replace(params, max_tokens=12, stop_ids=(first[-1],)), hold=True)
+    drawn = [e.token for e in engine.events([held])]
+    assert engine.complete([other], replace(params, max_tokens=20))[0].ids == naive_greedy(model, other, 20).ids
+    engine.extend(held, [7, 8])
+    text = [*prompt, *drawn, 7, 8]
+    assert [e.token for e in engine.events([held])] == naive_greedy(model, text, 12 - len(drawn), (first[-1],)).ids
 
 
 def test_cancelling_frees_the_row_for_the_next_step_and_disturbs_nobody() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stateofgpt import native
 from stateofgpt.model.gpt import rotate
 from stateofgpt.train import kernels as module
 from stateofgpt.train.kernels import Kernels, load
@@ -192,7 +193,7 @@ def test_it_is_compiled_once_and_nothing_else_is_left(fresh: Path, monkeypatch: 
         commands.append(command)
         return run(command, **settings)  # type: ignore[call-overload,no-any-return]
 
-    monkeypatch.setattr(module.subprocess, "run", listen)
+    monkeypatch.setattr(native.subprocess, "run", listen)
     assert load() is not None and list(fresh.iterdir()) == [made]
     assert [command[1:] for command in commands] == [["--version"]]
 
@@ -202,14 +203,14 @@ def test_where_it_cannot_be_compiled_there_are_no_kernels(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     if why == "no compiler":
-        monkeypatch.setattr(module.shutil, "which", lambda name: None)
+        monkeypatch.setattr(native.shutil, "which", lambda name: None)
     elif why == "it fails":
         monkeypatch.setattr(module, "FLAGS", (*module.FLAGS, "-no-such-flag-exists"))
     elif why == "no OpenMP":
-        monkeypatch.setattr(module, "_openmp", lambda: None)
+        monkeypatch.setattr(native, "openmp", lambda: None)
     elif why == "no home":
         monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(module.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        monkeypatch.setattr(native.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     elif why == "no place":
         fresh.parent.joinpath("file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(fresh.parent / "file"))

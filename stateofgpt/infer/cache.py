@@ -1,62 +1,81 @@
-"""The key-value cache: memory of what each row of a batch has already read.
+"""The memory of what requests have read: how much there is of it, and where it comes from.
 
-Owns: one tensor [layers, 2, rows, kv_heads, length, head_dim], which grows when more rows or longer ones are needed.
-One tensor for all layers makes moving a row a single copy; rows inside a layer lie together, because attention over
-them is bound by memory (10 % faster than rows outermost, 128 rows of 100 to 256 positions on two cores). Knows
-nothing of requests, positions or attention.
+Owns: the size of a block (16 positions of all layers), the choice of how many there are, and zeroed memory that the
+machine only gives when it is written to. What is in a block is the decoder's, whose it is `infer.blocks`'.
 """
 
 from __future__ import annotations
 
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from stateofgpt.errors import ConfigError, ModelError
 
-class KVCache:
-    """Keys and values of all layers. Unwritten places are 0, never garbage: a masked NaN would still spread."""
+BLOCK = 16  # positions: the unit in which memory is given out and shared
+SHARE = 4  # by default the cache takes up to a quarter of the memory that is free
 
-    def __init__(
-        self,
-        n_layers: int,
-        n_kv_heads: int,
-        head_dim: int,
-        *,
-        max_rows: int,
-        max_length: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> None:
-        self.max_rows, self.max_length = max_rows, max_length
-        self._data = torch.zeros(n_layers, 2, 0, n_kv_heads, 0, head_dim, dtype=dtype, device=device)
 
-    @property
-    def rows(self) -> int:
-        return self._data.shape[2]
+def zeroed(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on CPUs pages that exist from their first use on. Unwritten places must be no garbage: a masked NaN would
+    still spread."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if device.type != "cpu" or size == 0:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    try:
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(*shape)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ModelError(
+            f"there is no memory for a cache of {size:,} bytes ({error}); make cache_bytes less"
+        ) from error
 
-    @property
-    def length(self) -> int:
-        return self._data.shape[4]
 
-    def reserve(self, rows: int, length: int) -> None:
-        """Make room for `rows` rows of `length` positions. Grows by doubling, so the copies add up to one."""
-        if rows <= self.rows and length <= self.length:
-            return
-        old = self._data
-        rows = min(self.max_rows, max(rows, 2 * self.rows)) if rows > self.rows else self.rows
-        length = min(self.max_length, max(length, 2 * self.length, 64)) if length > self.length else self.length
-        self._data = old.new_zeros(*old.shape[:2], rows, old.shape[3], length, old.shape[5])
-        self._data[:, :, : old.shape[2], :, : old.shape[4]] = old
+def blocks_of(tokens: int) -> int:
+    """How many blocks hold so many tokens."""
+    return -(-tokens // BLOCK)
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, views of shape [rows, kv_heads, length, head_dim]."""
-        return self._data[index, 0], self._data[index, 1]
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one row to another."""
-        self._data[:, :, target, :, :length] = self._data[:, :, source, :, :length]
+def how_many(cache_bytes: int | None, block_bytes: int, max_batch: int, max_context: int, device: torch.device) -> int:
+    """The number of blocks: as many as `cache_bytes` hold, or by default all that could be of use and a quarter of the
+    free memory has room for. Never more than twice what full rows need (the second half keeps prefixes), never less
+    than one full row: ConfigError where `cache_bytes` is."""
+    row = blocks_of(max_context)
+    useful = 2 * row * max_batch
+    if cache_bytes is None:
+        return min(useful, max(row, free_memory(device) // SHARE // block_bytes))
+    if cache_bytes < row * block_bytes:
+        raise ConfigError(
+            f"cache_bytes is {cache_bytes:,}, and one text of {max_context} tokens needs {row * block_bytes:,}; give "
+            "more, or a smaller max_context"
+        )
+    return min(useful, cache_bytes // block_bytes)
 
-    def swap(self, a: int, b: int, length: int) -> None:
-        """Exchange the first `length` positions of two rows."""
-        kept = self._data[:, :, a, :, :length].clone()
-        self.copy(b, a, length)
-        self._data[:, :, b, :, :length] = kept
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a program could still take on this machine, or on this GPU, as far as it says so."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(1024 * int(line.split()[1]), _limit())
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError):
+        return 4 << 30
+
+
+def _limit() -> int:
+    """What the control group of a container leaves."""
+    try:
+        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        return max(0, int(most) - int(used)) if most != "max" else 1 << 62
+    except (OSError, ValueError):
+        return 1 << 62

@@ -1,7 +1,8 @@
-"""The fast path through a decoder: the forward pass of `model.gpt.GPT` for rows that have a cache.
+"""The way through a decoder by torch's operations: the forward pass of `model.gpt.GPT` for rows that have a cache.
 
-Owns: the fused copies of the weights and the two passes, `prefill` (many tokens, no logits) and `decode` (one token
-per row). Knows nothing of requests or sampling. The model's own `forward` is the reference; tests compare the two.
+Owns: the fused copies of the weights, the cache's memory, and the two passes, `prefill` (many tokens, no logits) and
+`decode` (one token per row). Knows nothing of requests or sampling. The model's own `forward` is the reference; tests
+compare the two. It runs on any device; on CPUs with a compiler `infer.forward` is faster.
 
 What makes it fast on small models, where the number of operations counts more than their size: query, key and value
 are one product, gate and up another; both residual additions are part of the product (`addmm`); the rotation, which
@@ -12,17 +13,19 @@ common permutation changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stateofgpt.infer.cache import KVCache
+from stateofgpt.infer.cache import BLOCK, blocks_of, zeroed
 from stateofgpt.model.gpt import GPT, MLP, Block, LayerNorm, RMSNorm
 from stateofgpt.model.lora import effective_weight
 from stateofgpt.model.rotary import rotary_angles
+
+_PREFILL_TOKENS = 4096  # read at once; bounds the memory of a prefill
 
 
 @dataclass
@@ -66,8 +69,11 @@ class _Layer:
 class Decoder:
     """Fused weights of one model, adapters merged. `refresh()` after every change of the model's weights."""
 
+    exact = False  # the last bits of a token depend on the batch
+
     def __init__(self, model: GPT, dtype: torch.dtype, max_context: int) -> None:
         c = model.config
+        self.block_bytes = 2 * c.num_hidden_layers * BLOCK * c.num_key_value_heads * c.head_dim * dtype.itemsize
         self.config, self.dtype, self._model = c, dtype, model
         self._group = c.num_attention_heads // c.num_key_value_heads
         self.device = model.lm_head.weight.device
@@ -152,42 +158,69 @@ class Decoder:
         gate, up = h.chunk(2, dim=-1)
         return layer.down.added(x, F.silu(gate).mul_(up))
 
-    def decode(self, ids: Tensor, positions: Tensor, cache: KVCache, longest: int) -> Tensor:
-        """Read token `ids` [n] at `positions` [n] in rows 0..n of the cache; logits [n, V] of the next ones.
+    # ---- memory ---------------------------------------------------------------------------------------------------
 
-        `longest` is one more than the largest position: nothing behind it is looked at.
-        """
-        c, n = self.config, ids.shape[0]
-        x = self._embedded(ids, positions)
-        turns = None if self._turns is None else self._turns[positions][:, None]
-        place = positions.view(n, 1, 1, 1).expand(n, c.num_key_value_heads, 1, c.head_dim)
-        behind = torch.arange(longest, device=self.device) > positions[:, None]
+    def make_room(self, blocks: int) -> None:
+        """Memory for `blocks` blocks; what was in it is lost."""
+        c = self.config
+        shape = (c.num_hidden_layers, 2, blocks, BLOCK, c.num_key_value_heads, c.head_dim)
+        self._pool = zeroed(shape, self.dtype, self.device)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy one block to another."""
+        self._pool[:, :, target] = self._pool[:, :, source]
+
+    def _table(self, tables: Sequence[Sequence[int]], longest: int) -> Tensor:
+        """The blocks of each row as [n, blocks of the longest], any block where a row has none: masks hide it."""
+        width = blocks_of(longest)
+        rows = [list(table[:width]) + [0] * (width - len(table)) for table in tables]
+        return torch.tensor(rows, device=self.device)
+
+    def _past(self, index: int, table: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, KVH, longest, D] of one layer for the rows of `table`, copied together."""
+        keys, values = (part[table].flatten(1, 2)[:, :longest].transpose(1, 2) for part in self._pool[index])
+        return keys, values
+
+    # ---- passes ---------------------------------------------------------------------------------------------------
+
+    def decode(self, ids: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]]) -> Tensor:
+        """Read token ids[i] at positions[i] of the row whose blocks are tables[i]; logits [n, V] of the next ones."""
+        n, longest = len(ids), max(positions) + 1
+        where = torch.tensor(positions, device=self.device)
+        table = self._table(tables, longest)
+        place = (table[torch.arange(n, device=self.device), where // BLOCK], where % BLOCK)
+        x = self._embedded(torch.tensor(ids, device=self.device), where)
+        turns = None if self._turns is None else self._turns[where][:, None]
+        behind = torch.arange(longest, device=self.device) > where[:, None]
         mask = torch.zeros(n, 1, 1, longest, dtype=self.dtype, device=self.device)
         mask.masked_fill_(behind[:, None, None], -torch.inf)
         for index, layer in enumerate(self._layers):
             q, k, v = self._queries_keys_values(layer, x, turns)
-            keys, values = (part[:n, :, :longest] for part in cache.layer(index))
-            keys.scatter_(2, place, k[:, :, None])
-            values.scatter_(2, place, v[:, :, None])
+            for part, new in zip(self._pool[index], (k, v), strict=True):
+                part.index_put_(place, new)
+            keys, values = self._past(index, table, longest)
             # the query heads that share a key head stand as several queries of it: no key is repeated in memory
             q = q.unflatten(1, (-1, self._group))
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             x = self._rest(layer, x, y.reshape(n, -1))
         return F.linear(self._norm(x), self._head)
 
-    def prefill(self, ids: list[list[int]], starts: list[int], rows: list[int], cache: KVCache) -> None:
-        """Read `ids[i]` at positions starts[i], starts[i] + 1, ... of row rows[i] into the cache.
+    def prefill(self, ids: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[Sequence[int]]) -> None:
+        """Read `ids[i]` at positions starts[i], starts[i] + 1, ... of the row whose blocks are tables[i]."""
+        for batch in _batches(ids, starts):
+            self._prefill([ids[i] for i in batch], [starts[i] for i in batch], [tables[i] for i in batch])
 
-        The products run over the tokens of all rows in one packed list, without padding; only attention is padded.
-        """
+    def _prefill(self, ids: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[Sequence[int]]) -> None:
+        """The products run over the tokens of all rows in one packed list, without padding; only attention is
+        padded."""
         c, B, T = self.config, len(ids), max(map(len, ids))
         sizes = torch.tensor([len(x) for x in ids], device=self.device)
         start = torch.tensor(starts, device=self.device)
-        row = torch.tensor(rows, device=self.device)
+        longest = max(s + len(x) for s, x in zip(starts, ids, strict=True))
+        table = self._table(tables, longest)
         who, when = (torch.arange(T, device=self.device) < sizes[:, None]).nonzero(as_tuple=True)  # [N] each
         where = when + start[who]
-        target = (row[who], where)
-        longest = max(s + len(x) for s, x in zip(starts, ids, strict=True))
+        place = (table[who, where // BLOCK], where % BLOCK)
         fresh = not any(starts)
         mask = None
         if not fresh:  # [B, 1, T, longest]: a token sees all positions up to its own
@@ -200,19 +233,32 @@ class Decoder:
         turns = None if self._turns is None else self._turns[where][:, None]
         for index, layer in enumerate(self._layers):
             q, k, v = self._queries_keys_values(layer, x, turns)
-            keys, values = (part.transpose(1, 2) for part in cache.layer(index))  # [rows, length, KVH, D]
-            keys.index_put_(target, k)
-            values.index_put_(target, v)
+            for part, new in zip(self._pool[index], (k, v), strict=True):
+                part.index_put_(place, new)
             if index == len(self._layers) - 1:
                 return  # the last layer's output would only be needed for logits
             padded = q.new_zeros(B, T, c.num_attention_heads, c.head_dim)
             padded[who, when] = q
+            keys, values = self._past(index, table, longest)
             y = F.scaled_dot_product_attention(
                 padded.transpose(1, 2),
-                keys[row, :longest].transpose(1, 2),
-                values[row, :longest].transpose(1, 2),
+                keys,
+                values,
                 attn_mask=mask,
                 is_causal=fresh,
                 enable_gqa=self._group > 1,
             )
             x = self._rest(layer, x, y.transpose(1, 2)[who, when].flatten(1))
+
+
+def _batches(ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[list[int]]:
+    """Rows in batches of similar length, those that start at 0 apart from those that continue."""
+    batch: list[int] = []
+    for i in sorted(range(len(ids)), key=lambda i: (starts[i] > 0, len(ids[i]))):
+        widest = len(ids[i]) + 1  # the last token of a row is read with the next step
+        if batch and ((starts[i] > 0) != (starts[batch[0]] > 0) or widest * (len(batch) + 1) > _PREFILL_TOKENS):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

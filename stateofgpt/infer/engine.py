@@ -1,97 +1,104 @@
 """The engine: many requests, one batch, one token each per step.
 
-Owns: requests and their life. A request waits, gets a row of the batch, draws one token per step and leaves when it
-is done; its row is given to the next one at the next step (continuous batching). Rows that are live stand first, so
-that a step touches nothing else. Knows nothing of text, threads or the reason somebody wants tokens.
+Owns: the steps, and what is drawn in them. Who takes part in a step is `infer.schedule`'s, what is computed a decoder's
+(`infer.forward`, or `infer.decode` where that is not possible). Knows nothing of text, threads or the reason somebody
+wants tokens.
 
-A row always has exactly one token that was drawn (or given) but not read yet, so a step is the same for all rows:
-read one token, draw one token. A prompt is read up to its last token when it joins; equal prompts are read once and
-their cache copied.
+A request always has exactly one token that was drawn (or given) but not read yet, so a step is the same for all: read
+one token, draw one token. A prompt is read up to its last token before the first draw.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal, overload
 
 import torch
+from torch import Tensor
 
-from stateofgpt.errors import ModelError
-from stateofgpt.infer.cache import KVCache
+from stateofgpt.errors import ConfigError, ModelError
+from stateofgpt.infer import forward, score
+from stateofgpt.infer.adjust import adjust
+from stateofgpt.infer.blocks import Blocks
+from stateofgpt.infer.cache import how_many
 from stateofgpt.infer.decode import Decoder
-from stateofgpt.infer.sampling import Sampler, SamplingParams, derive_seed
-from stateofgpt.infer.score import score
+from stateofgpt.infer.grammar import Constraint
+from stateofgpt.infer.guide import Guide
+from stateofgpt.infer.request import Completion, Event, Finish, Request
+from stateofgpt.infer.sampling import Sampler, SamplingParams, alternatives, derive_seed
+from stateofgpt.infer.schedule import Schedule
+from stateofgpt.infer.speculate import Lookup
 from stateofgpt.model.gpt import GPT
 
-Finish = Literal["stop", "length"]
+__all__ = ["Completion", "Engine", "Event", "SamplingParams"]
 
-_PREFILL_TOKENS = 4096  # read at once; bounds the memory of a prefill
-
-
-class Event(NamedTuple):
-    """One token of one request. `logprob` is that of the model itself: temperature 1, no filter."""
-
-    request: int
-    token: int
-    logprob: float
-    finish: Finish | None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """All that was drawn for one prompt. `ids` ends with the stop id where `finish` is "stop"."""
-
-    ids: list[int]
-    logprobs: list[float]
-    finish: Finish
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    id: int
-    ids: list[int]
-    params: SamplingParams
-    hold: bool
-    prompt: tuple[int, ...]  # what is read when it joins: all of the prompt but its last token
-    drawn: int = 0
-    read: int = 0  # how many of `ids` are in the cache
-    row: int | None = None
-    live: bool = False
+SPECULATIVE_ROWS = 4  # in larger batches the products are busy enough without guesses
 
 
 class Engine:
     """Batched sampling and scoring with one model, in one thread (see `infer.loop` for many).
 
-    `max_batch` rows run at once, further requests wait. `max_context` (the model's own by default) bounds prompt and
-    answer together. Call `refresh()` after the model's weights have changed. `dtype` is that of the weights, the
-    cache and the products; log-probabilities are computed in float32 from the logits.
+    `max_batch` requests draw at once, further ones wait. `max_context` (the model's own by default) bounds prompt and
+    answer together. Call `refresh()` after the model's weights have changed.
+
+    `native` goes through `infer.forward` where the machine can, and keeps weights in the precision `weights`; else
+    torch computes in `dtype`. With `prefixes` what was read is found again by later requests of the same tenant.
+    `cache_bytes` bounds the cache (by default a quarter of the free memory, see `infer.cache`), `step_tokens` how many
+    tokens of prompts are read in a step (by default all). `speculate` is how many tokens are guessed per step while the
+    batch is small, on the native path. On the native path none of these four changes a bit of an answer. `guides` makes
+    the guides of constrained requests.
     """
 
     def __init__(
-        self, model: GPT, *, max_batch: int = 64, max_context: int | None = None, dtype: torch.dtype = torch.float32
+        self,
+        model: GPT,
+        *,
+        max_batch: int = 64,
+        max_context: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        native: bool = False,
+        weights: forward.Precision = "float32",
+        prefixes: bool = False,
+        cache_bytes: int | None = None,
+        step_tokens: int | None = None,
+        speculate: int = 0,
+        guides: Callable[[Constraint], Guide] | None = None,
     ) -> None:
+        for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, must be at least 1")
         config = model.config
-        self.model, self.max_batch = model, max_batch
+        self.model, self.max_batch, self.guides, self.speculate = model, max_batch, guides, speculate
         self.max_context = min(max_context or config.max_position_embeddings, config.max_position_embeddings)
-        self._decoder = Decoder(model, dtype, self.max_context)
-        self._cache = KVCache(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-            max_rows=max_batch,
-            max_length=self.max_context,
-            dtype=dtype,
-            device=self._decoder.device,
-        )
-        self._numbers = itertools.count()
-        self._requests: dict[int, _Request] = {}  # all that are not forgotten: waiting, live or held
-        self._waiting: deque[_Request] = deque()
-        self._rows: list[_Request | None] = [None] * max_batch
-        self._n_live = 0
-        self._sampler: Sampler | None = None  # None: the set of live rows has changed
+        self._decoder = self._make_decoder(dtype, native, weights)
+        decoder = self._decoder
+        count = how_many(cache_bytes, decoder.block_bytes, max_batch, self.max_context, decoder.device)
+        self._decoder.make_room(count)
+        self._blocks = Blocks(count, keep=prefixes)
+        self._schedule = Schedule(self._decoder, self._blocks, max_batch, step_tokens)
+        self._numbers, self._arrivals = itertools.count(), itertools.count()
+        self._requests: dict[int, Request] = {}  # all that are not forgotten: waiting, live or held
+        self._sampler: tuple[list[int], Sampler] = ([], Sampler([]))  # for these requests, in this order
+
+    def _make_decoder(
+        self, dtype: torch.dtype, native: bool, weights: forward.Precision
+    ) -> Decoder | forward.NativeDecoder:
+        library = None
+        if native and dtype == torch.float32 and self.model.lm_head.weight.device.type == "cpu":
+            library = forward.load()
+        if library is not None:
+            return forward.NativeDecoder(library, self.model, weights, self.max_context)
+        if weights == "int8":
+            raise ModelError("int8 weights need a CPU and a C compiler (cc, gcc or clang); take bfloat16 or float32")
+        return Decoder(self.model, torch.bfloat16 if weights == "bfloat16" else dtype, self.max_context)
+
+    @property
+    def native(self) -> bool:
+        """Whether the native path is taken."""
+        return self._decoder.exact
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
@@ -99,8 +106,8 @@ class Engine:
         """A number no request has had."""
         return next(self._numbers)
 
-    def check(self, prompt: Sequence[int]) -> None:
-        """Raise ModelError if `prompt` cannot be continued by this engine."""
+    def check(self, prompt: Sequence[int], params: SamplingParams | None = None) -> None:
+        """Raise ModelError if `prompt` cannot be continued by this engine, or not with these `params`."""
         if not prompt:
             raise ModelError("the prompt is empty; give at least one token, for example <|endoftext|>")
         if len(prompt) > self.max_context - 1:
@@ -111,19 +118,42 @@ class Engine:
         vocab = self.model.config.vocab_size
         if not 0 <= min(prompt) <= max(prompt) < vocab:
             raise ModelError(f"the prompt has a token id outside 0..{vocab - 1}; was it made by another tokenizer?")
+        if params is not None and any(token >= vocab for token, _ in params.logit_bias):
+            raise ModelError(f"logit_bias has a token id outside 0..{vocab - 1}; was it made for another tokenizer?")
+
+    def guide(self, params: SamplingParams) -> Guide | None:
+        """The guide of a constrained request; may take a second, and may be made in any thread."""
+        if params.constraint is None:
+            return None
+        if self.guides is None:
+            raise ModelError("this engine was made without guides, so it cannot keep an answer to a constraint")
+        return self.guides(params.constraint)
 
     def add(
-        self, prompt: Sequence[int], params: SamplingParams, *, hold: bool = False, request: int | None = None
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        hold: bool = False,
+        request: int | None = None,
+        tenant: str = "",
+        guide: Guide | None = None,
     ) -> int:
         """Queue a prompt; returns the request's id (a new one, or `request` from `new_id`).
 
-        With `hold` the request keeps its row and cache when it finishes, until `extend` or `release`.
+        With `hold` the request is kept when it finishes, until `extend` or `release`. What a request has read is found
+        again only by requests of the same `tenant`. `guide` is what `guide(params)` returned, made now if it was not.
         """
-        self.check(prompt)
+        self.check(prompt, params)
+        guide = guide or self.guide(params)
         number = self.new_id() if request is None else request
-        new = _Request(number, list(prompt), params, hold, tuple(prompt[:-1]))
+        new = Request(number, next(self._arrivals), list(prompt), params, hold, tenant, tuple(prompt[:-1]), guide)
+        if params.presence_penalty or params.frequency_penalty:
+            new.counts = Counter()
+        if self.speculate and self._decoder.exact and not params.adjusting:
+            new.lookup = Lookup()
         self._requests[number] = new
-        self._waiting.append(new)
+        self._schedule.add(new)
         return number
 
     def extend(self, request: int, ids: Sequence[int]) -> None:
@@ -132,71 +162,111 @@ class Engine:
         Its seed continues, and `max_tokens` counts all tokens it has drawn.
         """
         held = self._requests.get(request)
-        if held is None or held.live or held.row is None:
+        if held is None or held.state != "held":
             raise ModelError(f"request {request} is not held, only a finished request with hold=True can be extended")
         self.check(held.ids + list(ids))
         if held.drawn >= held.params.max_tokens:
             raise ModelError(f"request {request} has drawn all its {held.params.max_tokens} tokens")
         held.ids.extend(ids)
-        held.live = True
-        self._sampler = None
+        self._schedule.go_on(held)
 
     def cancel(self, request: int) -> None:
-        """Forget a request, whatever its state; its row is free for the next step. Unknown ids are ignored."""
-        found = self._requests.pop(request, None)
-        if found is None:
-            return
-        if found.row is None:
-            self._waiting.remove(found)
-        else:
-            self._rows[found.row] = None
-            self._sampler = None
-        found.live = False
+        """Forget a request, whatever its state; its room is free for the next step. Unknown ids are ignored."""
+        if (found := self._requests.pop(request, None)) is not None:
+            self._schedule.remove(found)
 
-    release = cancel  # of a held request: give its row back
+    release = cancel  # of a held request: give its room back
 
     @property
     def idle(self) -> bool:
         """True when no request waits for a token. (Held requests wait for nothing.)"""
-        return not self._waiting and not any(r is not None and r.live for r in self._rows)
-
-    @property
-    def stuck(self) -> bool:
-        """True when a step could do nothing: idle, or all rows are held while others wait."""
-        return not any(r is not None and r.live for r in self._rows) and not (self._waiting and None in self._rows)
+        return not self._schedule.busy
 
     def unfinished(self, request: int) -> bool:
         """True while `request` has tokens to come."""
         found = self._requests.get(request)
-        return found is not None and (found.live or found.row is None)
+        return found is not None and found.state != "held"
 
     def refresh(self) -> None:
-        """Take over changed weights. Caches made with the old ones would be wrong, so nothing may be under way."""
+        """Take over changed weights. Caches made with the old ones would be wrong, so nothing may be under way, and no
+        prefix is kept."""
         if self._requests:
             raise ModelError(f"{len(self._requests)} requests are under way, weights can only change between requests")
         self._decoder.refresh()
+        self._blocks.forget()
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Let every live request draw one token; requests that wait join first. [] when there is nothing to do."""
-        self._join()
-        live = [r for r in self._rows[: self._n_live] if r is not None]
+        """Let every request that has read its prompt draw one token, or more where guesses were right; requests that
+        wait join first. [] when there is nothing to do, or prompts are still being read."""
+        live = self._schedule.prepare(1 + self.speculate)
         if not live:
             return []
-        positions = [len(r.ids) - 1 for r in live]
-        longest = max(positions) + 1
-        self._cache.reserve(len(live), longest)
-        ids = torch.tensor([r.ids[-1] for r in live], device=self._decoder.device)
-        logits = self._decoder.decode(ids, torch.tensor(positions, device=ids.device), self._cache, longest)
-        if self._sampler is None:
-            self._sampler = Sampler([r.params for r in live], ids.device)
-        tokens, logprobs = self._sampler(logits, [r.drawn for r in live])
-        return [self._drew(*drawn) for drawn in zip(live, tokens.tolist(), logprobs.tolist(), strict=True)]
+        guesses = self._guesses(live) if self.speculate and len(live) <= SPECULATIVE_ROWS else None
+        if guesses is not None and any(guesses):
+            return self._draw_guessed(live, guesses)
+        ids, places, tables = [r.ids[-1] for r in live], [r.target for r in live], [r.blocks for r in live]
+        logits = self._decoder.decode(ids, places, tables)
+        numbers = [r.id for r in live]
+        if self._sampler[0] != numbers:
+            self._sampler = (numbers, Sampler([r.params for r in live], logits.device))
+        adjusted = self._adjusted(live, logits)
+        tokens, logprobs = self._sampler[1](logits, [r.drawn for r in live], adjusted)
+        return [
+            self._drew(r, token, logprob, logits[i])
+            for i, (r, token, logprob) in enumerate(zip(live, tokens.tolist(), logprobs.tolist(), strict=True))
+        ]
 
-    def _drew(self, r: _Request, token: int, logprob: float) -> Event:
-        r.read = len(r.ids)
+    def _adjusted(self, live: Sequence[Request], logits: Tensor) -> Tensor | None:
+        """The logits after penalties, biases and constraints; None where no request has any."""
+        changed = [i for i, r in enumerate(live) if r.params.adjusting]
+        if not changed:
+            return None
+        adjusted = logits.float() if logits.dtype != torch.float32 else logits.clone()
+        for i in changed:
+            r = live[i]
+            if r.guide is not None and r.mask is None:
+                r.mask = r.guide.mask()
+            adjust(adjusted[i], r.params, r.ids, r.counts or {}, r.mask)
+        return adjusted
+
+    def _guesses(self, live: Sequence[Request]) -> list[list[int]]:
+        """For each request tokens that may follow, as many as there is room for."""
+        found = []
+        for r in live:
+            room = min(self._schedule.room(r) - 1, self.max_context - len(r.ids))
+            most = min(self.speculate, room, r.params.max_tokens - r.drawn - 1)
+            found.append(r.lookup.guess(r.ids, most) if r.lookup is not None and most > 0 else [])
+        return found
+
+    def _draw_guessed(self, live: Sequence[Request], guesses: list[list[int]]) -> list[Event]:
+        """Read the guesses too, and draw after each of them as if it had been drawn: what comes after the first that
+        was not is thrown away. Every draw is the one that would have been made without guesses."""
+        logits = self._decoder.verify(  # type: ignore[union-attr]  # only exact decoders guess
+            [r.last(guess) for r, guess in zip(live, guesses, strict=True)],
+            [r.target for r in live],
+            [r.blocks for r in live],
+        )
+        owners = [(r, i) for r, guess in zip(live, guesses, strict=True) for i in range(len(guess) + 1)]
+        sampler = Sampler([r.params for r, _ in owners], logits.device)
+        adjusted = self._adjusted([r for r, _ in owners], logits)
+        tokens, logprobs = sampler(logits, [r.drawn + i for r, i in owners], adjusted)
+        drawn = iter(zip(tokens.tolist(), logprobs.tolist(), logits, strict=True))
+        events: list[Event] = []
+        for r, guess in zip(live, guesses, strict=True):
+            going = True
+            for wanted in (*guess, None):
+                token, logprob, row = next(drawn)
+                if going:
+                    events.append(self._drew(r, token, logprob, row))
+                    going = events[-1].finish is None and token == wanted
+        return events
+
+    def _drew(self, r: Request, token: int, logprob: float, logits: Tensor) -> Event:
+        """A token was drawn after the last one of `r`, which has been read."""
+        self._schedule.has_read(r, 1)
         r.ids.append(token)
         r.drawn += 1
         finish: Finish | None = None
@@ -204,72 +274,21 @@ class Engine:
             finish = "stop"
         elif r.drawn >= r.params.max_tokens or len(r.ids) >= self.max_context:
             finish = "length"
-        if finish:
-            r.live = False
-            self._sampler = None
-            if not r.hold:
-                self.cancel(r.id)
-        return Event(r.id, token, logprob, finish)
-
-    def _join(self) -> None:
-        """Give free rows to waiting requests, close the gaps, read what is new."""
-        if self._sampler is not None and not self._waiting:
-            return
-        for row in range(self.max_batch):
-            if not self._waiting:
-                break
-            if self._rows[row] is None:
-                joining = self._waiting.popleft()
-                joining.row, joining.live = row, True
-                self._rows[row] = joining
-                self._sampler = None
-        self._cache.reserve(1 + max((row for row, r in enumerate(self._rows) if r is not None), default=-1), 1)
-        self._compact()
-        self._read_prompts([r for r in self._rows[: self._n_live] if r is not None and r.read < len(r.ids) - 1])
-
-    def _compact(self) -> None:
-        """Move live rows to the front."""
-        alive = [r is not None and r.live for r in self._rows]
-        self._n_live = sum(alive)
-        gaps = (row for row in range(self._n_live) if not alive[row])
-        for source in range(self._n_live, self.max_batch):
-            if not alive[source]:
-                continue
-            target = next(gaps)
-            moved, other = self._rows[source], self._rows[target]
-            assert moved is not None
-            if other is not None:
-                self._cache.swap(source, target, max(moved.read, other.read))
-                other.row = source
-            elif moved.read:
-                self._cache.copy(source, target, moved.read)
-            moved.row = target
-            self._rows[source], self._rows[target] = other, moved
-
-    def _read_prompts(self, behind: list[_Request]) -> None:
-        """Bring the cache of these requests up to all their ids but the last."""
-        if not behind:
-            return
-        self._cache.reserve(len(behind), max(len(r.ids) for r in behind))
-        known = {r.prompt: r for r in self._rows if r is not None and r.read >= len(r.prompt)}
-        first: list[_Request] = []
-        same: list[tuple[_Request, _Request]] = []
-        for r in behind:
-            twin = known.get(r.prompt) if r.read == 0 else None
-            if twin is None:
-                first.append(r)
-                known.setdefault(r.prompt, r)
-            else:
-                same.append((r, twin))
-        for batch in _batches(first):
-            self._decoder.prefill(
-                [r.ids[r.read : -1] for r in batch], [r.read for r in batch], [_row(r) for r in batch], self._cache
-            )
-            for r in batch:
-                r.read = len(r.ids) - 1
-        for r, twin in same:
-            self._cache.copy(_row(twin), _row(r), len(r.prompt))
-            r.read = len(r.prompt)
+        if r.counts is not None:
+            r.counts[token] += 1
+        if r.guide is not None and finish != "stop":
+            r.guide.accept(token)
+            r.mask = r.guide.mask()
+            if r.guide.finished:
+                finish = "stop"
+            elif not r.mask.any():  # it has become too much for its limits
+                finish = "length"
+        top = alternatives(logits, r.params.top_logprobs) if r.params.top_logprobs else ()
+        if finish and r.hold:
+            self._schedule.hold(r)
+        elif finish:
+            self.cancel(r.id)
+        return Event(r.id, token, logprob, finish, top)
 
     # ---- whole jobs -----------------------------------------------------------------------------------------------
 
@@ -278,23 +297,22 @@ class Engine:
         seen."""
         wanted = set(requests)
         while any(self.unfinished(r) for r in wanted):
-            events = self.step()
-            if not events:
-                raise ModelError(f"all {self.max_batch} rows of the engine are held by finished requests; release some")
-            yield from (e for e in events if e.request in wanted)
+            yield from (e for e in self.step() if e.request in wanted)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *, tenant: str = ""
     ) -> Iterator[Event]:
         """Continue all prompts; `Event.request` is the index of the prompt. One `params` for all: row i draws with
         the seed derive_seed(params.seed, i), so that equal prompts differ; a list: each draws with its own seed as it
         is."""
         if isinstance(params, SamplingParams):
             params = [replace(params, seed=derive_seed(params.seed, i)) for i in range(len(prompts))]
-        for prompt in prompts:
-            self.check(prompt)
-        index = {self.add(p, one): i for i, (p, one) in enumerate(zip(prompts, params, strict=True))}
+        for prompt, one in zip(prompts, params, strict=True):
+            self.check(prompt, one)
+        index: dict[int, int] = {}
         try:
+            for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+                index[self.add(prompt, one, tenant=tenant)] = i
             for event in self.events(index):
                 yield event._replace(request=index[event.request])
         finally:
@@ -302,36 +320,30 @@ class Engine:
                 self.cancel(request)
 
     def complete(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *, tenant: str = ""
     ) -> list[Completion]:
         """Continue all prompts to their ends (see `generate` for seeds)."""
         ids: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
         ends: list[Finish] = ["length"] * len(prompts)
-        for event in self.generate(prompts, params):
+        for event in self.generate(prompts, params, tenant=tenant):
             ids[event.request].append(event.token)
             logprobs[event.request].append(event.logprob)
             ends[event.request] = event.finish or "length"
         return [Completion(*each) for each in zip(ids, logprobs, ends, strict=True)]
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of each token after the first, by the model's own forward pass (see `infer.score`)."""
-        return score(self.model, sequences)
+    @overload
+    def score(  # type: ignore[overload-overlap]  # 0 is an int, too
+        self, sequences: Sequence[Sequence[int]], top: Literal[0] = 0
+    ) -> list[list[float]]: ...
+    @overload
+    def score(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[score.Scored]]: ...
 
+    def score(self, sequences: Sequence[Sequence[int]], top: int = 0) -> list[list[float]] | list[list[score.Scored]]:
+        """Log-probability of each token after the first, by the model's own forward pass (see `infer.score`); with the
+        `top` most likely tokens in its place where that is above 0."""
+        return score.score(self.model, sequences) if top == 0 else score.score_with_top(self.model, sequences, top)
 
-def _row(r: _Request) -> int:
-    assert r.row is not None
-    return r.row
-
-
-def _batches(requests: list[_Request]) -> Iterator[list[_Request]]:
-    """Split into prefills of similar length, those that start at 0 apart from those that continue."""
-    batch: list[_Request] = []
-    for r in sorted(requests, key=lambda r: (r.read > 0, len(r.ids) - r.read)):
-        widest = len(r.ids) - r.read
-        if batch and ((r.read > 0) != (batch[0].read > 0) or widest * (len(batch) + 1) > _PREFILL_TOKENS):
-            yield batch
-            batch = []
-        batch.append(r)
-    if batch:
-        yield batch
+    def embed(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """For each sequence the mean of its final hidden states, of length 1 (see `infer.score`)."""
+        return score.embed(self.model, sequences)

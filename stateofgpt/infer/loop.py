@@ -10,22 +10,25 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self, overload
 
 from stateofgpt.errors import ModelError
 from stateofgpt.infer.engine import Engine, Event
 from stateofgpt.infer.sampling import SamplingParams
+from stateofgpt.infer.score import Scored
 
 
 class EngineLoop:
-    """Has the methods of `Engine` that a session needs (add, extend, release, cancel, events), safe from any
+    """Has the methods of `Engine` that others need (add, extend, release, cancel, events, score, embed), safe from any
     thread."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.max_context = engine.max_context
         self._commands: deque[Callable[[], object]] = deque()
+        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._inbox: dict[int, deque[Event | ModelError]] = {}  # of each request that is not over for its owner
         self._open: set[int] = set()  # requests with events to come
         self._changed = threading.Condition()
@@ -50,11 +53,16 @@ class EngineLoop:
 
     # ---- for other threads ----------------------------------------------------------------------------------------
 
-    def add(self, prompt: Sequence[int], params: SamplingParams, *, hold: bool = False) -> int:
-        """As Engine.add; a prompt that does not fit is refused here, in the caller's thread."""
-        self.engine.check(prompt)
+    def add(self, prompt: Sequence[int], params: SamplingParams, *, hold: bool = False, tenant: str = "") -> int:
+        """As Engine.add; a prompt that does not fit is refused here, in the caller's thread, and a constraint is read
+        in it."""
+        self.engine.check(prompt, params)
+        guide = self.engine.guide(params)
         request = self.engine.new_id()
-        self._open_for(request, lambda: self.engine.add(prompt, params, hold=hold, request=request))
+        self._open_for(
+            request,
+            lambda: self.engine.add(prompt, params, hold=hold, request=request, tenant=tenant, guide=guide),
+        )
         return request
 
     def extend(self, request: int, ids: Sequence[int]) -> None:
@@ -90,6 +98,33 @@ class EngineLoop:
                     raise event
                 yield event
 
+    @overload
+    def score(  # type: ignore[overload-overlap]  # 0 is an int, too
+        self, sequences: Sequence[Sequence[int]], top: Literal[0] = 0
+    ) -> list[list[float]]: ...
+    @overload
+    def score(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[Scored]]: ...
+
+    def score(self, sequences: Sequence[Sequence[int]], top: int = 0) -> list[list[float]] | list[list[Scored]]:
+        """As Engine.score. One sequence goes between two steps, so that long ones hold nobody up for long."""
+        parts = [self._job(lambda one=one: self.engine.score([one], top)) for one in sequences]  # type: ignore[misc]
+        return [part.result()[0] for part in parts]
+
+    def embed(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As Engine.embed, one sequence between two steps."""
+        parts = [self._job(lambda one=one: self.engine.embed([one])) for one in sequences]  # type: ignore[misc]
+        return [part.result()[0] for part in parts]
+
+    def _job(self, work: Callable[[], Any]) -> Future[Any]:
+        """Have something computed between two steps."""
+        future: Future[Any] = Future()
+        with self._changed:
+            if self._closed:
+                raise ModelError("the engine is closed, nothing more can be computed")
+            self._jobs.append((work, future))
+            self._changed.notify_all()
+        return future
+
     @property
     def busy(self) -> int:
         """How many requests have tokens to come."""
@@ -115,12 +150,15 @@ class EngineLoop:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._commands or self._closed) and self.engine.stuck:
+                while not (self._commands or self._jobs or self._closed) and self.engine.idle:
                     self._changed.wait()
                 if self._closed:
                     break
                 commands = list(self._commands)
                 self._commands.clear()
+                job = self._jobs.popleft() if self._jobs else None
+            if job is not None:
+                _do(*job)
             try:
                 for command in commands:
                     command()
@@ -128,6 +166,8 @@ class EngineLoop:
             except Exception as error:  # the thread must outlive any failure of a step: the next request may be well
                 self._abandon(ModelError(f"the engine failed: {error}"))
         self._abandon(ModelError("the engine was closed before the answer was complete"))
+        for _, future in self._jobs:
+            future.set_exception(ModelError("the engine was closed before this was computed"))
 
     def _deliver(self, events: list[Event]) -> None:
         with self._changed:
@@ -152,3 +192,12 @@ class EngineLoop:
                 if request in self._inbox:
                     self._inbox[request].append(error)
             self._changed.notify_all()
+
+
+def _do(work: Callable[[], Any], future: Future[Any]) -> None:
+    try:
+        future.set_result(work())
+    except ModelError as error:
+        future.set_exception(error)
+    except Exception as error:
+        future.set_exception(ModelError(f"the engine failed: {error}"))

@@ -1,7 +1,7 @@
 """How one token is drawn from logits.
 
 Owns: `SamplingParams`, the filters (top-k, top-p, min-p), and where randomness comes from. Knows nothing of models,
-caches or requests.
+caches or requests; penalties, which look at a request's tokens, are `infer.adjust`'s.
 
 Randomness is not a stream but a function: the uniform number of a draw is a hash of (seed, how many tokens the
 request has drawn before). A request therefore draws the same tokens alone, in any batch, in any order and after a
@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from stateofgpt.errors import ConfigError
+from stateofgpt.infer.grammar import Constraint
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+BIAS = 100.0  # decides between any two logits
+ALTERNATIVES = 64
 _HEAD = 128  # how many of the most likely tokens top-p looks at before it sorts a whole row
 
 
@@ -29,9 +32,13 @@ _HEAD = 128  # how many of the most likely tokens top-p looks at before it sorts
 class SamplingParams:
     """What one request asks of the sampler.
 
-    Filters apply to the distribution after temperature, in the order top-k, top-p, min-p (that of transformers). Each
+    What changes logits comes first (see `infer.adjust`): the repetition penalty (arXiv 1909.05858) divides positive
+    logits of tokens that occur in the prompt or the answer and multiplies negative ones; the other two are subtracted
+    for tokens of the answer, once, or as often as they occur there; `logit_bias` are (id, number to add); a
+    `constraint` forbids. Then temperature, then filters in the order top-k, top-p, min-p (that of transformers). Each
     is a threshold on probability, so tokens that tie with the last one kept are kept too. Log-probabilities that are
-    reported are those of the model as it is: temperature 1, no filter.
+    reported are those of the model as it is: temperature 1, nothing changed, no filter. `top_logprobs` is how many of
+    the most likely tokens are reported with each.
     """
 
     max_tokens: int = 256
@@ -41,6 +48,12 @@ class SamplingParams:
     min_p: float = 0.0  # 0 = off
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0  # 1 = off
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
@@ -48,6 +61,20 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1")
+        _require(0.0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-2.0 <= value <= 2.0, name, value, "between -2 and 2")
+        for token, bias in self.logit_bias:
+            _require(token >= 0, "a token of logit_bias", token, "0 or more")
+            _require(-BIAS <= bias <= BIAS, f"logit_bias of token {token}", bias, f"between -{BIAS:g} and {BIAS:g}")
+        _require(0 <= self.top_logprobs <= ALTERNATIVES, "top_logprobs", self.top_logprobs, f"0 to {ALTERNATIVES}")
+
+    @property
+    def adjusting(self) -> bool:
+        """Whether the logits are changed by what was drawn before, or by anything else but temperature."""
+        penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
+        return any(penalties) or bool(self.logit_bias) or self.constraint is not None
 
 
 def _require(ok: bool, name: str, value: float, rule: str) -> None:
@@ -96,19 +123,22 @@ class Sampler:
         self._any_greedy, self._all_greedy = bool(self._greedy.any()), bool(self._greedy.all())
         self._plain = all(p.temperature in (0.0, 1.0) for p in params)
         self._temperature = column([p.temperature or 1.0 for p in params])
-        self._max_k = max(p.top_k for p in params)
+        self._max_k = max((p.top_k for p in params), default=0)
         self._top_k = torch.tensor([p.top_k for p in params], device=device)[:, None]
         self._any_p = any(p.top_p < 1.0 for p in params)
         self._top_p = column([p.top_p for p in params])
         self._any_min_p = any(p.min_p > 0.0 for p in params)
         self._log_min_p = column([p.min_p for p in params]).log()
 
-    def __call__(self, logits: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Draw from `logits` [n, V]; `positions` are how many tokens each request has drawn before.
+    def __call__(
+        self, logits: Tensor, positions: Sequence[int], adjusted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw from `adjusted` [n, V], or from `logits`; `positions` are how many tokens each request has drawn before.
 
         Returns tokens [n] (int64) and their log-probabilities [n] (float32) under softmax(logits).
         """
-        logprobs = logits.float().log_softmax(-1)
+        model = logits.float().log_softmax(-1)
+        logprobs = model if adjusted is None else adjusted.float().log_softmax(-1)
         if self._all_greedy:
             tokens = logprobs.argmax(-1)
         else:
@@ -119,7 +149,7 @@ class Sampler:
             tokens = torch.searchsorted(cdf, target, right=True)[:, 0]
             if self._any_greedy:
                 tokens = torch.where(self._greedy, logprobs.argmax(-1), tokens)
-        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+        return tokens, model.gather(1, tokens[:, None])[:, 0]
 
     def _weights(self, logprobs: Tensor) -> Tensor:
         """Unnormalised probabilities [n, V] after temperature and filters."""
@@ -142,10 +172,17 @@ class Sampler:
         return torch.where(z >= floor, z.exp(), 0.0)
 
 
+def alternatives(logits: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most likely tokens of one row of logits [V] with their log-probabilities, most likely first."""
+    found = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]))
+    return tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+
+
 def _nucleus_floor(z: Tensor, floor: Tensor, top_p: Tensor) -> Tensor:
     """Log-weight [n, 1] of the last token of the nucleus: the shortest head of the ranking that holds `top_p` of the
     mass at or above `floor` (Holtzman et al., arXiv 1904.09751). Rows with top_p = 1 get -inf."""
-    total = torch.where(z >= floor, z.exp(), 0.0).sum(-1, keepdim=True)
+    # not `sum`, which adds up a single row in another order than many
+    total = torch.where(z >= floor, z.exp(), 0.0).cumsum(-1)[:, -1:]
     size = min(_HEAD, z.shape[-1])
     while True:
         ranked = z.topk(size).values

@@ -83,6 +83,12 @@ class Stage:
         decision: dict[str, Any] = decisions[name]
         return decision
 
+    def decided(self, name: str) -> dict[str, Any]:
+        """What was decided under this name; empty where nothing was, and nothing is from now on because of it."""
+        path = self.dir / "decisions.json"
+        found: dict[str, Any] = (read_json(path) if path.exists() else {}).get(name, {})
+        return found
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write result.json, the last thing a stage does."""
         self._check_writable()

@@ -16,6 +16,7 @@ from stateofgpt.assistant.session import Session, Streamed
 from stateofgpt.assistant.tools import Toolbox
 from stateofgpt.errors import ModelError, StateOfGptError
 from stateofgpt.infer.engine import Engine, Event
+from stateofgpt.infer.guide import Guides
 from stateofgpt.infer.loop import EngineLoop
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.model.checkpoint import Lineage, load_model, read_lineage
@@ -25,6 +26,7 @@ from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
 
 TOKENS_PER_MESSAGE = 4  # a message takes at least so many, so more than context / 4 messages never fit
+STEP_TOKENS = 256  # of prompts, read between two tokens of the answers that are being written
 MIN_ANSWER_TOKENS = 16  # room that must be left
 SIDE_BRANCHES = frozenset({"reward"})  # parents that judged, and wrote none of the weights
 
@@ -36,8 +38,16 @@ def load_assistant(model_dir: Path, *, max_batch: int = 8) -> LoadedAssistant:
     """
     model_dir = Path(model_dir)
     lineage = read_lineage(model_dir)
-    engine = Engine(load_model(model_dir).eval(), max_batch=max_batch)
-    chat = ChatFormat(Tokenizer.load(model_dir))
+    tokenizer = Tokenizer.load(model_dir)
+    engine = Engine(
+        load_model(model_dir).eval(),
+        max_batch=max_batch,
+        native=True,
+        prefixes=True,
+        step_tokens=STEP_TOKENS,
+        guides=Guides(tokenizer),
+    )
+    chat = ChatFormat(tokenizer)
     for note in chat.notes:
         print(f"note: {note}", file=sys.stderr)
     return LoadedAssistant(EngineLoop(engine), chat, lineage.name, stages_of(model_dir, lineage))

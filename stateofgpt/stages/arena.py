@@ -26,6 +26,7 @@ from stateofgpt.rl.labeller import SimulatedLabeller
 from stateofgpt.run import Run
 from stateofgpt.stages.evaluate import complete_plainly
 from stateofgpt.stages.transcript import written
+from stateofgpt.stages.way import is_native
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
 
@@ -53,25 +54,27 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         if len(present) < 2:
             raise RunError(f"{run.root} has fewer than two models, and a battle needs two; run `sog sft` first")
         asked = prompts(run.seed, config.prompts, config.mixture, "heldout", 20_000)
-        tokenizer = Tokenizer.load(present["sft"])
+        tokenizer, native = Tokenizer.load(present["sft"]), is_native(run)
         answers: dict[str, list[Conversation]] = {}
         for name, folder in present.items():
             model = load_model(folder)
             if name == "base":
                 texts = [fake_transcript_prompt(p) for p in asked]
-                answers[name] = complete_plainly(model, tokenizer, texts, temperature=config.temperature, seed=run.seed)
+                answers[name] = complete_plainly(
+                    model, tokenizer, texts, temperature=config.temperature, seed=run.seed, native=native
+                )
             else:
-                answers[name] = answers_of(model, tokenizer, [conversation(p) for p in asked], config, run.seed)
+                answers[name] = answers_of(model, tokenizer, [conversation(p) for p in asked], config, run.seed, native)
         result = hold(asked, answers, SimulatedLabeller(run.seed), run.seed)
         stage.finish(result)
         return result
 
 
 def answers_of(
-    model: GPT, tokenizer: Tokenizer, asked: Sequence[Conversation], config: Config, seed: int
+    model: GPT, tokenizer: Tokenizer, asked: Sequence[Conversation], config: Config, seed: int, native: bool = False
 ) -> list[Conversation]:
     """What an assistant answers, tools in hand."""
-    session = Session(Engine(model, max_batch=96), ChatFormat(tokenizer), Toolbox())
+    session = Session(Engine(model, max_batch=96, native=native), ChatFormat(tokenizer), Toolbox())
     params = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, seed=seed)
     return [turn.messages for turn in session.converse(asked, params)]
 

@@ -38,6 +38,7 @@ from stateofgpt.run import Run, Stage
 from stateofgpt.stages.transcript import written
 from stateofgpt.stages.varied import varied
 from stateofgpt.stages.watch import STOPPED
+from stateofgpt.stages.way import is_native
 from stateofgpt.text.chat import ChatFormat, Conversation, Message
 from stateofgpt.text.tokenizer import Tokenizer
 
@@ -98,6 +99,7 @@ class _Evaluation:
             raise RunError(f"{run.root} has no finetuned model to evaluate yet; run `sog sft` first")
         self.tokenizer = Tokenizer.load(self.folders["sft"])
         self.chat = ChatFormat(self.tokenizer)
+        self.native = is_native(run)
 
     def work(self) -> dict[str, Any]:
         skills: dict[str, Any] = {}
@@ -139,7 +141,7 @@ class _Evaluation:
         if self.config.seconds is None:
             return 1.0
         trial = suite("arithmetic_steps", 24, self.run.seed)
-        session = Session(Engine(model, max_batch=96), self.chat, Toolbox())
+        session = Session(Engine(model, max_batch=96, native=self.native), self.chat, Toolbox())
         start = time.perf_counter()
         session.converse([conversation(p) for p in trial], self._params(0.0))
         per_question = (time.perf_counter() - start) / len(trial)
@@ -153,7 +155,7 @@ class _Evaluation:
 
     def _skills(self, model: GPT, scale: float) -> tuple[dict[str, Any], dict[str, str]]:
         """Greedy answers to held-out questions of every skill; counts, and three answers of each to show."""
-        session = Session(Engine(model, max_batch=96), self.chat, Toolbox())
+        session = Session(Engine(model, max_batch=96, native=self.native), self.chat, Toolbox())
         asked = {skill: self._problems(skill, scale) for skill in SKILLS}
         flat = [p for problems in asked.values() for p in problems]
         turns = iter(session.converse([conversation(p) for p in flat], self._params(0.0)))
@@ -177,7 +179,7 @@ class _Evaluation:
         }
         asked = {s: suite(s, max(4, round(self.config.tricks * scale)), self.run.seed) for s in TRICK_SKILLS}
         prompts = [make(skill, p) for make in ways.values() for skill, ps in asked.items() for p in ps]
-        told = iter(complete_plainly(model, self.tokenizer, prompts, temperature=0.0))
+        told = iter(complete_plainly(model, self.tokenizer, prompts, temperature=0.0, native=self.native))
         out: dict[str, Any] = {}
         for way in ways:
             out[way] = {s: score_suite(ps, [next(told) for _ in ps]) for s, ps in asked.items()}
@@ -190,7 +192,7 @@ class _Evaluation:
     def _tricked(self, model: GPT, questions: Sequence[str]) -> dict[str, str]:
         """What the base model says to questions inside a fake transcript."""
         texts = [fake_transcript_prompt(Problem("", question, "", "")) for question in questions]
-        told = complete_plainly(model, self.tokenizer, texts, temperature=0.0)
+        told = complete_plainly(model, self.tokenizer, texts, temperature=0.0, native=self.native)
         return {question: written(answer) for question, answer in zip(questions, told, strict=True)}
 
     # ---- how different answers are --------------------------------------------------------------------------------
@@ -210,7 +212,7 @@ class _Evaluation:
             names, rows = self._listed_names(model)
         else:
             params = self._params(self.config.names_temperature, self.run.seed)
-            session = Session(Engine(model, max_batch=N_NAMES), self.chat, Toolbox())
+            session = Session(Engine(model, max_batch=N_NAMES, native=self.native), self.chat, Toolbox())
             question: Conversation = (Message("user", NAME_QUESTION),)
             turns = session.converse([question] * N_NAMES, params)
             names = [read_name(final_text(t.messages)) or "" for t in turns]
@@ -228,7 +230,7 @@ class _Evaluation:
         names: list[str] = []
         rows: list[tuple[list[int], int]] = []
         rng = random.Random(f"names {self.run.seed}")
-        engine = Engine(model, max_batch=32)
+        engine = Engine(model, max_batch=32, native=self.native)
         for attempt in range(8):
             prompts = [self._document(name_list_prompt(rng)) for _ in range(32)]
             params = SamplingParams(
@@ -256,12 +258,13 @@ def complete_plainly(
     temperature: float,
     seed: int = 0,
     max_tokens: int = 110,
+    native: bool = False,
 ) -> list[Conversation]:
     """A base model's continuations of plain texts, read as answers; the oldest words of a long prompt are dropped."""
     room = model.config.max_position_embeddings - max_tokens
     ids = [[tokenizer.eot, *tokenizer.encode(text)[-(room - 1) :]] for text in prompts]
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_ids=(tokenizer.eot,))
-    made = Engine(model, max_batch=96).complete(ids, params)
+    made = Engine(model, max_batch=96, native=native).complete(ids, params)
     return [read_completion(tokenizer.decode(completion.ids, inner=True)) for completion in made]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ from stateofgpt.rl.reward_training import (
 from stateofgpt.run import Run, write_json
 from stateofgpt.stages import arena, compared, feedback_set, rl
 from stateofgpt.stages.reward import learn, usual_score
-from stateofgpt.stages.way import way_of
+from stateofgpt.stages.way import as_config, is_native, way_of
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.loop import LoopConfig, Trainer
@@ -105,7 +105,7 @@ def improve(run_dir: Path, *, minutes: float | None, seed: int, config: Config |
         **to_dict(settled),
         "parent": {"policy": read_lineage(policy).id, "reward": read_lineage(reward).id},
         "feedback": feedback_set.fingerprint(comparisons),
-        "way": asdict(way_of(old)),
+        "way": as_config(way_of(old)),
     }
     root = _folder(old.root, asked, seed)
     with Run.open(root, RECIPE, asked, seed) as run:
@@ -315,7 +315,9 @@ class _Round:
             answers: dict[str, list[Conversation]] = {}
             for name, folder in (("before", self.policy), ("after", self.run.stage("rl").checkpoint)):
                 both = [*map(conversation, asked), *own]
-                answers[name] = arena.answers_of(load_model(folder), self.tokenizer, both, config, seed)
+                answers[name] = arena.answers_of(
+                    load_model(folder), self.tokenizer, both, config, seed, is_native(self.run)
+                )
             n = len(asked)
             result = arena.hold(asked, {m: a[:n] for m, a in answers.items()}, SimulatedLabeller(seed), seed)
             result["judge"] = "the simulated labeller, without noise"

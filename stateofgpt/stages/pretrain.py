@@ -25,6 +25,7 @@ from stateofgpt.model.lora import is_factor
 from stateofgpt.run import Run, Stage
 from stateofgpt.stages.held_out import held_out
 from stateofgpt.stages.parent import begin_from
+from stateofgpt.stages.way import decide_engine
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train import fused, repeats
 from stateofgpt.train.dial import COMPILE_SECONDS, can_compile, can_fuse, choose, fastest_dtype, timed_steps
@@ -120,6 +121,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
     with stage.timed():
         if (done := stage.result()) is not None:
             return done
+        decide_engine(run)
         return train(config, run, stage)
 
 

@@ -154,7 +154,8 @@ class _RewardModelling:
                 raise DataError(f"{self.config.rankings} holds {len(own)} rankings; at least 20 are needed")
             held_out = max(2, len(own) // 10)
             return self._kept(own[held_out:], own[:held_out])
-        session = Session(Engine(load_model(self.sft), max_batch=96), self.chat, Toolbox())
+        engine = Engine(load_model(self.sft), max_batch=96, native=self.way.native)
+        session = Session(engine, self.chat, Toolbox())
         held_out_rankings = self._sampled(session, "heldout", self.config.held_out_prompts)
         n = self.stage.decide("prompts", lambda: {"n": self._affordable(session)})["n"]
         train = self._sampled(session, "train", n)

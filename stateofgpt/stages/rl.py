@@ -196,7 +196,7 @@ class PolicyTraining:
         if config.ppo.pretraining is not None:
             self.optimization.pretraining = pretraining_of(run, config.ppo, self.tokenizer.eot)
         self.policy = self.optimization.policy
-        self.engine = Engine(self.policy, max_batch=config.batch)
+        self.engine = Engine(self.policy, max_batch=config.batch, native=way.native)
         self.session = Session(self.engine, self.chat, Toolbox())
         # the policy before the last update: what remains when that update leads past the KL budget
         self.within_budget = kept(self.policy)

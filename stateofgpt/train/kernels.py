@@ -1,28 +1,21 @@
-"""The fused kernels of a training step: compiling `kernels.c` once per machine, loading it, and calling it on tensors.
+"""The fused kernels of a training step: loading what `kernels.c` became, and calling it on tensors.
 
-Owns: the compiler's command, the cache of what it made, the check against torch, and one method per kernel. Knows
-nothing of models. What is measured: without these passes a step of a small model spends more time between its matrix
-products than in them (`docs/log.md`).
-
-The library shares torch's own OpenMP threads: two pools on the same cores would wait for each other.
+Owns: the compiler's flags, the check against torch, and one method per kernel. Knows nothing of models. What is
+measured: without these passes a step of a small model spends more time between its matrix products than in them
+(`docs/log.md`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from stateofgpt import native
 
 FLAGS = (
     "-O3",
@@ -34,8 +27,6 @@ FLAGS = (
     "-fno-signed-zeros",
     "-fassociative-math",
 )
-COMPILERS = ("cc", "gcc", "clang")
-COMPILER_TIMEOUT_S = 120
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -154,64 +145,18 @@ class Kernels:
         self._call("muon_apply", weights, update.contiguous(), weights.numel(), float(lr), float(decay))
 
 
-# -------------------------------------------------------------------------------------------------- compiling, loading
+# -------------------------------------------------------------------------------------------------- loading, checking
 
 
 @lru_cache(maxsize=1)
 def load() -> Kernels | None:
     """The kernels, compiled for this machine the first time; None where there is no compiler, or where what it made
     does not load or does not agree with torch."""
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
-    openmp = _openmp()
-    if compiler is None or openmp is None or sys.byteorder != "little":
+    library = native.load([Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h")], FLAGS)
+    if library is None:
         return None
-    try:
-        built = _built(compiler)
-        ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)  # torch's threads are what the library finds
-        kernels = Kernels(ctypes.CDLL(str(built)))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home to keep it in
-        return None
+    kernels = Kernels(library)
     return kernels if _agrees(kernels) else None
-
-
-def _openmp() -> Path | None:
-    """The OpenMP library that torch brought along."""
-    root = Path(torch.__file__).parent
-    places = (root / "lib", root.parent / "torch.libs")
-    found = (path for place in places for name in ("libgomp*", "libomp*", "libiomp5*") for path in place.glob(name))
-    return next(found, None)
-
-
-def _built(compiler: str) -> Path:
-    """The compiled library, from the cache or made now; its name is made of all that it depends on."""
-    sources = [Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h")]
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILER_TIMEOUT_S, check=True)
-    parts = [*(path.read_bytes() for path in sources), repr(FLAGS).encode(), version.stdout, _processor()]
-    name = f"kernels-{hashlib.sha256(b'/'.join(parts)).hexdigest()[:24]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stateofgpt"
-    if (folder / name).is_file():
-        return folder / name
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        made, object_file = Path(work) / name, Path(work) / "kernels.o"
-        for command in (
-            [compiler, *FLAGS, "-c", str(sources[0]), "-o", str(object_file)],
-            [compiler, "-shared", str(object_file), "-o", str(made), "-lm"],  # OpenMP stays open, for torch's to fill
-        ):
-            subprocess.run(command, capture_output=True, timeout=COMPILER_TIMEOUT_S, check=True)
-        os.replace(made, folder / name)
-    return folder / name
-
-
-def _processor() -> bytes:
-    """What `-march=native` looks at."""
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-        return b"".join(
-            next((line for line in lines if line.startswith(key)), b"") for key in (b"model name", b"flags")
-        )
-    except OSError:
-        return platform.processor().encode()
 
 
 def _agrees(kernels: Kernels) -> bool:

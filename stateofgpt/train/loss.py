@@ -24,10 +24,12 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Way:
-    """How a forward pass for training runs: its precision, and whether through the fused kernels."""
+    """How a forward pass for training runs: its precision, and whether through the fused kernels; and whether tokens
+    are drawn on the engine's native path."""
 
     dtype: Dtype = "float32"
     fused: bool = False
+    native: bool = False
 
     @property
     def kernels(self) -> Kernels | None:

@@ -1,0 +1,338 @@
+"""The engine against `transformers` and, where it is installed, llama.cpp: one stream, and a ragged load.
+
+    python benchmarks/bench_engine.py single [--model FOLDER | --width 320 --layers 6 --vocab 8192] [--pairs 5]
+    python benchmarks/bench_engine.py quality --model FOLDER --text FILE [--tokens 4096]
+    python benchmarks/bench_engine.py load   [--model FOLDER | ...] [--requests 256] [--pairs 3]
+
+`single`: one prompt continued greedily, tokens per second from the first drawn to the last. Gate first: in float32 both
+sides draw the same ids. Then the engine in float32, bfloat16 and int8 weights, with and without guesses, against
+`generate` in float32 and bfloat16 (static cache and compilation are not counted in its favour or against it: eager is
+what a CPU user gets), and llama.cpp through llama-cpp-python where a GGUF file is named by --gguf.
+
+`load`: requests with a shared prefix of 128 tokens, prompts of 16 to 256 tokens behind it and 8 to 256 to draw, all
+there at once; useful tokens per second until the last is done. The peers are `generate` in padded batches (sorted by
+length, each batch as long as its longest answer) and, with --continuous, transformers' continuous batching.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pairs
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from stateofgpt.infer.engine import Engine, SamplingParams
+from stateofgpt.model.checkpoint import load_model
+from stateofgpt.model.gpt import GPT, GPTConfig
+
+Side = Callable[[], dict[str, Any]]
+PREFIX = 128
+
+
+def models(options: argparse.Namespace) -> tuple[GPT, LlamaForCausalLM]:
+    """The same weights on both sides: of a folder of the LLaMA family, or made up."""
+    if options.model:
+        peer = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        return load_model(Path(options.model)).eval(), peer.eval()
+    config = GPTConfig(
+        arch="llama",
+        vocab_size=options.vocab,
+        hidden_size=options.width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 64,
+        num_key_value_heads=options.width // 64,
+        head_dim=64,
+        intermediate_size=3 * options.width,
+        max_position_embeddings=1024,
+    )
+    model = GPT(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():  # output projections start at zero, which would make every layer the identity
+        for name, p in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                p.normal_(std=p.shape[1] ** -0.5, generator=torch.Generator().manual_seed(1))
+    peer = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            tie_word_embeddings=True,
+        )
+    )
+    peer.load_state_dict(model.state_dict())
+    return model.eval(), peer.eval()
+
+
+# ---- one stream
+
+
+def ours_single(engine: Engine, prompt: list[int], tokens: int) -> Side:
+    """Greedy tokens of the engine."""
+
+    def run() -> dict[str, Any]:
+        request = engine.add(prompt, SamplingParams(max_tokens=tokens, temperature=0.0))
+        ids: list[int] = []
+        begun = 0.0
+        while engine.unfinished(request):
+            ids += [event.token for event in engine.step()]
+            begun = begun or time.perf_counter()
+        return {"ids": ids, "rate": (len(ids) - 1) / (time.perf_counter() - begun)}
+
+    return run
+
+
+class _First:
+    """Takes the time of the first token, as `generate` calls a streamer."""
+
+    def __init__(self) -> None:
+        self.calls, self.begun = 0, 0.0
+
+    def put(self, value: Any) -> None:
+        self.calls += 1  # the prompt comes first
+        self.begun = self.begun or (time.perf_counter() if self.calls == 2 else 0.0)
+
+    def end(self) -> None: ...
+
+
+@torch.inference_mode()
+def theirs_single(peer: LlamaForCausalLM, prompt: list[int], tokens: int) -> Side:
+    """Greedy tokens of `generate`."""
+    config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+
+    def run() -> dict[str, Any]:
+        first = _First()
+        found = peer.generate(torch.tensor([prompt]), generation_config=config, streamer=first)  # type: ignore[arg-type]
+        ids = found[0, len(prompt) :].tolist()
+        return {"ids": ids, "rate": (len(ids) - 1) / (time.perf_counter() - first.begun)}
+
+    return run
+
+
+def llama_cpp_single(gguf: str, prompt: list[int], tokens: int) -> Side:
+    """Greedy tokens of llama.cpp, for a file in its own format."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(gguf, n_ctx=1024, n_threads=torch.get_num_threads(), verbose=False)
+
+    def run() -> dict[str, Any]:
+        ids: list[int] = []
+        begun = 0.0
+        for token in model.generate(prompt, temp=0.0):
+            ids.append(token)
+            begun = begun or time.perf_counter()
+            if len(ids) == tokens:
+                break
+        return {"ids": ids, "rate": (len(ids) - 1) / (time.perf_counter() - begun)}
+
+    return run
+
+
+def single(options: argparse.Namespace) -> dict[str, Any]:
+    """All sides in turn, the first ratio to `generate` in float32, the second to its faster precision."""
+    model, peer = models(options)
+    rng = random.Random(0)
+    prompt = [rng.randrange(3, model.config.vocab_size) for _ in range(options.prompt)]
+    if options.text:
+        from stateofgpt.text.tokenizer import Tokenizer
+
+        prompt = Tokenizer.load(options.model).encode(options.text)
+    sides: dict[str, Side] = {
+        "ours float32": ours_single(Engine(model, max_batch=1, native=True), prompt, options.tokens),
+        "transformers float32": theirs_single(peer, prompt, options.tokens),
+    }
+    gate = [sides[name]()["ids"] for name in sides]
+    same = next((i for i, (a, b) in enumerate(zip(*gate, strict=True)) if a != b), options.tokens)
+    print(f"gate: the first {same} of {options.tokens} ids are the same", flush=True)
+    if same < options.tokens // 2:
+        raise SystemExit("the two sides do not draw the same ids; nothing is compared")
+    sides["ours torch float32"] = ours_single(Engine(model, max_batch=1), prompt, options.tokens)
+    for weights in ("bfloat16", "int8"):
+        engine = Engine(model, max_batch=1, native=True, weights=weights)
+        sides[f"ours {weights}"] = ours_single(engine, prompt, options.tokens)
+    guessing = Engine(model, max_batch=1, native=True, speculate=6)
+    sides["ours float32 with guesses"] = ours_single(guessing, prompt, options.tokens)
+    if options.bfloat16:
+        half = type(peer)(peer.config)
+        half.load_state_dict(peer.state_dict())
+        sides["transformers bfloat16"] = theirs_single(half.to(torch.bfloat16).eval(), prompt, options.tokens)
+    if options.gguf:
+        sides["llama.cpp"] = llama_cpp_single(options.gguf, prompt, options.tokens)
+    return compared(sides, options.pairs, "transformers float32", "rate")
+
+
+# ---- what rounded weights cost
+
+
+def quality(options: argparse.Namespace) -> dict[str, Any]:
+    """Nats per token of a text, and how often the most likely token is another one, for each precision of weights."""
+    from stateofgpt.text.tokenizer import Tokenizer
+
+    model = load_model(Path(options.model)).eval()
+    ids = Tokenizer.load(options.model).encode(Path(options.text).read_text())[: options.tokens]
+    width = min(512, model.config.max_position_embeddings)
+    rows = [ids[i : i + width] for i in range(0, len(ids) - 1, width)]
+    found: dict[str, Any] = {}
+    best: dict[str, torch.Tensor] = {}
+    for weights in ("float32", "bfloat16", "int8"):
+        decoder = Engine(model, max_batch=1, max_context=width, native=True, weights=weights)._decoder
+        table = list(range(-(-width // 16)))
+        nats, argmax = 0.0, []
+        for row in rows:
+            logits = decoder.verify([row], [0], [table])  # type: ignore[union-attr]
+            nats += float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(row[1:]), reduction="sum"))
+            argmax.append(logits.argmax(-1))
+        best[weights] = torch.cat(argmax)
+        changed = float((best[weights] != best["float32"]).float().mean())
+        found[weights] = {"nats_per_token": nats / sum(len(row) - 1 for row in rows), "other_argmax": changed}
+        print(weights, found[weights], flush=True)
+    return {"tokens": len(ids), "weights": found}
+
+
+# ---- ragged load
+
+
+def requests(count: int, vocab: int) -> list[tuple[list[int], int]]:
+    """Prompts with how many tokens each draws."""
+    rng = random.Random(0)
+    shared = [rng.randrange(3, vocab) for _ in range(PREFIX)]
+    asked = [(rng.randrange(16, 257), rng.randrange(8, 257)) for _ in range(count)]
+    return [(shared + [rng.randrange(3, vocab) for _ in range(own)], tokens) for own, tokens in asked]
+
+
+def ours_load(model: GPT, asked: list[tuple[list[int], int]], rows: int, **settings: Any) -> Side:
+    """All requests through one engine; a new one each time, so that no prefix is found from the run before."""
+
+    def run() -> dict[str, Any]:
+        engine = Engine(model, max_batch=rows, **settings)
+        begun = time.perf_counter()
+        for prompt, tokens in asked:
+            engine.add(prompt, SamplingParams(max_tokens=tokens, temperature=0.0))
+        drawn = 0
+        while not engine.idle:
+            drawn += len(engine.step())
+        assert drawn == sum(tokens for _, tokens in asked)
+        return {"rate": drawn / (time.perf_counter() - begun)}
+
+    return run
+
+
+def static_load(peer: LlamaForCausalLM, asked: list[tuple[list[int], int]], rows: int) -> Side:
+    """Padded batches, the longest answers together; only wanted tokens count."""
+
+    @torch.inference_mode()
+    def run() -> dict[str, Any]:
+        begun = time.perf_counter()
+        order = sorted(asked, key=lambda one: one[1])
+        for start in range(0, len(order), rows):
+            batch = order[start : start + rows]
+            width, longest = max(len(p) for p, _ in batch), max(n for _, n in batch)
+            ids = torch.tensor([[0] * (width - len(p)) + p for p, _ in batch])
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in batch])
+            config = GenerationConfig(
+                max_new_tokens=longest, min_new_tokens=longest, do_sample=False, pad_token_id=0, eos_token_id=None
+            )
+            peer.generate(ids, attention_mask=mask, generation_config=config)
+        return {"rate": sum(n for _, n in asked) / (time.perf_counter() - begun)}
+
+    return run
+
+
+def continuous_load(peer: LlamaForCausalLM, asked: list[tuple[list[int], int]], rows: int) -> Side:
+    """transformers' own continuous batching; each request has its own length."""
+    from transformers import ContinuousBatchingConfig
+
+    def run() -> dict[str, Any]:
+        config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=256)
+        cache = ContinuousBatchingConfig(num_blocks=4 * rows, max_batch_tokens=512)
+        begun = time.perf_counter()
+        with peer.continuous_batching_context_manager(
+            generation_config=config, continuous_batching_config=cache, warmup=False
+        ) as manager:
+            for prompt, tokens in asked:
+                manager.add_request(prompt, max_new_tokens=tokens)
+            drawn, done = 0, 0
+            while done < len(asked):
+                result = manager.get_result(timeout=120)
+                if result is None:
+                    raise RuntimeError("no result for two minutes")
+                if result.is_finished():
+                    done, drawn = done + 1, drawn + len(result.generated_tokens)
+        if drawn != sum(tokens for _, tokens in asked):
+            raise RuntimeError(f"it drew {drawn} tokens")
+        return {"rate": drawn / (time.perf_counter() - begun)}
+
+    return run
+
+
+def load(options: argparse.Namespace) -> dict[str, Any]:
+    """All sides in turn."""
+    model, peer = models(options)
+    asked = requests(options.requests, model.config.vocab_size)
+    settings = {"native": True, "prefixes": True, "step_tokens": 512}
+    sides: dict[str, Side] = {
+        "ours": ours_load(model, asked, options.rows, **settings),
+        "ours bfloat16": ours_load(model, asked, options.rows, weights="bfloat16", **settings),
+        "ours torch": ours_load(model, asked, options.rows),
+        "transformers static": static_load(peer, asked, options.rows),
+    }
+    if options.continuous:
+        sides["transformers continuous"] = continuous_load(peer, asked, options.rows)
+    return compared(sides, options.pairs, "transformers static", "rate")
+
+
+def compared(sides: dict[str, Side], rounds: int, peer: str, key: str) -> dict[str, Any]:
+    """Every side once in each round; medians, and the median of the ratios to `peer` round by round."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name, side in sides.items():
+            try:
+                found[name].append(float(side()[key]))
+            except Exception as error:  # a peer that cannot do it here must not hide the others
+                if name.startswith("ours"):
+                    raise
+                print(f"{name} failed: {error!r}"[:300], flush=True)
+        rates = ", ".join(f"{name} {values[-1]:.1f}" for name, values in found.items() if values)
+        print(f"round {number + 1}: {rates} tokens/s", flush=True)
+    done = {name: values for name, values in found.items() if len(values) == rounds}
+    ratios = {
+        name: median(a / b for a, b in zip(values, done[peer], strict=True)) for name, values in done.items()
+    } if peer in done else {}  # fmt: skip
+    return {"tokens_per_second": {name: median(values) for name, values in done.items()}, f"ratio_to_{peer}": ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("single", "load", "quality"))
+    parser.add_argument("--model", help="a folder of the LLaMA family")
+    parser.add_argument("--width", type=int, default=320)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--pairs", type=int, default=5, help="rounds")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt of one stream")
+    parser.add_argument("--text", help="a prompt in words, for a folder's tokenizer; for `quality` a file")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--bfloat16", action="store_true", help="transformers in bfloat16, too")
+    parser.add_argument("--gguf", help="a file for llama.cpp")
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=32, help="requests at once")
+    parser.add_argument("--continuous", action="store_true", help="transformers' continuous batching, too")
+    options = parser.parse_args()
+    result = {"single": single, "load": load, "quality": quality}[options.what](options)
+    print(json.dumps({"what": options.what, **result, **pairs.machine()}))
+
+
+if __name__ == "__main__":
+    main()
