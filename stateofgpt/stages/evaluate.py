@@ -202,7 +202,7 @@ class _Evaluation:
         asked = prompts(self.run.seed, n, PromptConfig(), "heldout", 30_000)
         each, most = self.config.answers or ANSWERS, self.config.max_tokens
         seed, chat = self.run.seed * 1_000_003 + 7, name != "base"
-        return varied(model, self.tokenizer, asked, each, chat=chat, max_tokens=most, seed=seed)
+        return varied(model, self.tokenizer, asked, each, chat=chat, max_tokens=most, seed=seed, native=self.native)
 
     # ---- entropy and names ----------------------------------------------------------------------------------------
 

@@ -124,9 +124,10 @@ class _Experiment:
         self.tokenizer = Tokenizer.load(start)
         self.chat = ChatFormat(self.tokenizer)
         self.labeller = SimulatedLabeller(run.seed, config.noise)
-        self.session = Session(Engine(load_model(start), max_batch=128), self.chat, Toolbox())
         self.labels = run.inside(LABELS)
         self.way = Way(**self.labels.decide("way", self._way))
+        engine = Engine(load_model(start), max_batch=128, native=self.way.native)
+        self.session = Session(engine, self.chat, Toolbox())
 
     def _way(self) -> dict[str, Any]:
         """How the model's own run trained, else float32 through the kernels where they can be had."""

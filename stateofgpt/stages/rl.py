@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -255,7 +255,8 @@ class PolicyTraining:
         start = FIRST + (i * self.n_prompts if i >= 0 else -1000)
         asked = self.tasks.problems(self.n_prompts - self.n_own, "train", start)
         chosen = random.Random(f"own prompts {self.run.seed} {i}").choices(self.own, k=self.n_own) if self.n_own else []
-        return _repeated(asked, self.group), _repeated(chosen, self.group)
+        times = range(self.group)
+        return [problem for problem in asked for _ in times], [prompt for prompt in chosen for _ in times]
 
     def _answer(self, asked: Sequence[Problem], seed: int, own: Sequence[Conversation] = ()) -> list[Turn]:
         self.engine.refresh()
@@ -343,11 +344,3 @@ class PolicyTraining:
             parents=[self.start] if self.reward is None else [self.start, self.reward],
             metrics=metrics,
         )
-
-
-T = TypeVar("T")
-
-
-def _repeated(items: Sequence[T], times: int) -> list[T]:
-    """Each item `times` times, its copies side by side."""
-    return [item for item in items for _ in range(times)]

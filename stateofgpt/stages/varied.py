@@ -24,14 +24,24 @@ AT_ONCE = 96
 
 
 def varied(
-    model: GPT, tokenizer: Tokenizer, asked: Sequence[Problem], each: int, *, chat: bool, max_tokens: int, seed: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    asked: Sequence[Problem],
+    each: int,
+    *,
+    chat: bool,
+    max_tokens: int,
+    seed: int,
+    native: bool = False,
 ) -> dict[str, float]:
     """`each` answers of a model to every prompt, measured; `chat` False asks it inside a fake transcript.
 
     `entropy` is estimated by the mean of -log p of the tokens that were drawn, in nats; `tokens` is how many there were
-    in an answer. The other keys are those of `eval/variety.py`.
+    in an answer. `native` is the engine's. The other keys are those of `eval/variety.py`.
     """
-    texts, logprobs = _answers(model, tokenizer, asked, each, chat=chat, max_tokens=max_tokens, seed=seed)
+    texts, logprobs = _answers(
+        model, tokenizer, asked, each, chat=chat, max_tokens=max_tokens, seed=seed, native=native
+    )
     drawn = [logprob for row in logprobs for logprob in row]
     tokens = [tokenizer.encode(text) for text in texts]
     return {
@@ -44,10 +54,18 @@ def varied(
 
 
 def _answers(
-    model: GPT, tokenizer: Tokenizer, asked: Sequence[Problem], each: int, *, chat: bool, max_tokens: int, seed: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    asked: Sequence[Problem],
+    each: int,
+    *,
+    chat: bool,
+    max_tokens: int,
+    seed: int,
+    native: bool,
 ) -> tuple[list[str], list[list[float]]]:
     """Texts and the log-probabilities of what was drawn, `each` to a prompt side by side."""
-    engine = Engine(model, max_batch=AT_ONCE)
+    engine = Engine(model, max_batch=AT_ONCE, native=native)
     if chat:
         session = Session(engine, ChatFormat(tokenizer), Toolbox())
         params = SamplingParams(max_tokens, temperature=1.0, seed=seed)
