@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
@@ -43,9 +42,11 @@ class ScriptedLoop:
         self.steps = 0
         self.wrong: set[str] = set()  # sources of constraints that cannot be kept
         self.engine = SimpleNamespace(
-            model=SimpleNamespace(config=SimpleNamespace(vocab_size=tokens.vocab_size)), guides=self._guide, guide=lambda params: self._guide(params.constraint)
+            model=SimpleNamespace(config=SimpleNamespace(vocab_size=tokens.vocab_size)),
+            guides=self._guide,
+            guide=lambda params: self._guide(params.constraint),
         )
-        self._thread = threading.current_thread()
+        self.alive, self.load = True, {"open": 0, "waiting": 0}
         self.closed = False
 
     def _guide(self, constraint: Constraint) -> None:

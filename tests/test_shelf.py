@@ -128,7 +128,7 @@ def test_a_stream_goes_on_with_the_old_model_which_is_closed_after_it(client: Te
 
 def test_a_dead_engine_is_not_ready(client: TestClient, folders: Folders) -> None:
     assert client.get("/ready").status_code == 200
-    folders.made[1]._thread = threading.Thread()
+    folders.made[1].alive = False
     response = client.get("/ready")
     assert response.status_code == 503 and response.json()["failed"] == ["run:b"]
     assert client.get("/health").status_code == 200

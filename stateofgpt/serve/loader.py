@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from stateofgpt.assistant.offer import Caller, Offer, told
 from stateofgpt.assistant.session import Done, Session, Streamed, TextDelta, Turn
@@ -204,17 +204,11 @@ class LoadedAssistant:
     @property
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
-        return self._loop._thread.is_alive()
+        return self._loop.alive
 
     def load(self) -> dict[str, float]:
         """What the engine is doing now."""
-        engine: Any = self._loop.engine
-        numbers = {"requests": float(self._loop.busy)}
-        for name in ("running", "waiting", "cache_tokens", "cache_limit", "prefix_hits", "prefix_tokens"):
-            value = getattr(engine, name, None)
-            if isinstance(value, int | float):
-                numbers[name] = float(value)
-        return numbers
+        return {what: float(count) for what, count in self._loop.load.items()}
 
     def smoke_test(self) -> None:
         """CheckpointError where the model does not write at all, or writes what is no probability."""
