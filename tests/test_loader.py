@@ -136,6 +136,9 @@ def test_the_server_streams_and_stores_what_the_model_wrote(assistant: LoadedAss
                 "/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
             ).json()
             assert whole["usage"]["completion_tokens"] <= 5 and whole["usage"]["prompt_tokens"] > 5
+            filled = client.post("/v1/completions", json={"prompt": [[70] * 120], "max_tokens": 4096, "ignore_eos": 1})
+            assert filled.json()["choices"][0]["finish_reason"] in ("length", "stop")
+            assert filled.json()["usage"]["total_tokens"] <= 128
             too_long = {"messages": [{"role": "user", "content": "x" * 900}]}
             refused = client.post("/v1/chat/completions", json=too_long)
             assert refused.json()["error"]["code"] == "context_length_exceeded"

@@ -372,6 +372,16 @@ def test_special_tokens_in_any_field_change_no_role(client: TestClient, script: 
     assert structure(attack) == structure("plain")
 
 
+def test_a_request_cannot_bring_a_template_or_change_how_one_is_rendered(
+    client: TestClient, script: ScriptedLoop
+) -> None:
+    client.post(CHAT, json=ASK)
+    evil = "{{ ''.__class__.__mro__ }}{% for i in range(10**9) %}x{% endfor %}"
+    brought = {"chat_template": evil, "chat_template_kwargs": {"tokenize": True, "messages": []}, "template": evil}
+    assert client.post(CHAT, json={**ASK, **brought}).status_code == 200
+    assert script.asked[-1][0] == script.asked[-2][0]
+
+
 # -- completions -----------------------------------------------------------------------------------------------------
 
 
