@@ -219,16 +219,22 @@ def test_requests_and_tokens_a_minute_are_counted_for_each_key(
 
 def test_tokens_that_were_not_used_come_back(clock: Clock) -> None:
     access, who = Access(clock=clock), Key("anna", tokens_per_minute=100)
+
+    def ask(tokens: int) -> Any:
+        grant = access.begin(who)
+        grant.take(tokens)
+        return grant
+
     for _ in range(10):
-        access.begin(who, 90).settle(5)
+        ask(90).end(5)
         clock.now += 3  # five tokens
-    with pytest.raises(ApiError):
-        first = access.begin(who, 90)
-        access.begin(who, 90)
-    first.settle(90)
-    first.settle(0)  # only the first time counts
-    with pytest.raises(ApiError):
-        access.begin(who, 90)
+    first = ask(90)
+    with pytest.raises(ApiError, match="wait"):
+        ask(90)
+    first.end(90)
+    first.end(0)  # only the first time counts
+    with pytest.raises(ApiError, match="wait"):
+        ask(90)
 
 
 def test_only_so_many_requests_of_a_key_run_at_once(

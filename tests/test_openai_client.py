@@ -218,8 +218,8 @@ def test_the_examples_of_the_page_on_the_api_run(live: Process) -> None:
         assert done.returncode == 0 and '"error"' not in done.stdout and done.stdout, command + done.stdout
 
 
-def test_sighup_reads_the_models_again(live: Process, client: Any) -> None:
-    live.process.send_signal(signal.SIGHUP)
+def test_sigusr1_reads_the_models_again(live: Process, client: Any) -> None:
+    live.process.send_signal(signal.SIGUSR1)
     assert live.process.stdout is not None
     line = live.process.stdout.readline()
     while "read again" not in line:

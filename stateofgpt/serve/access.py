@@ -58,17 +58,22 @@ class _Account:
 
 
 class Grant:
-    """What a request was given of its key's limits; `settle` gives back what it did not use."""
+    """One request of a key under way. `take` asks for the most tokens it may use, `end` gives back the rest."""
 
-    def __init__(self, access: Access, who: Key, tokens: int) -> None:
-        self._access, self._who, self._tokens = access, who, tokens
-        self._settled = False
+    def __init__(self, access: Access, who: Key) -> None:
+        self._access, self._who, self._tokens = access, who, 0
+        self._ended = False
 
-    def settle(self, used: int) -> None:
-        """The request is over, and took so many tokens. Only the first time counts."""
-        if not self._settled:
-            self._settled = True
-            self._access._settled(self._who, self._tokens - used)
+    def take(self, tokens: int) -> None:
+        """ApiError 429 says how long to wait for so many tokens."""
+        self._access._take(self._who, tokens)
+        self._tokens += tokens
+
+    def end(self, used: int = 0) -> None:
+        """The request is over, and used so many tokens. Only the first time counts."""
+        if not self._ended:
+            self._ended = True
+            self._access._ended(self._who, self._tokens - used)
 
 
 class Access:
@@ -113,27 +118,27 @@ class Access:
                 tries.give(1.0)
         return found
 
-    def begin(self, who: Key, tokens: int) -> Grant:
-        """Take one request and `tokens` from what `who` may use; ApiError 429 says how long to wait."""
+    def begin(self, who: Key) -> Grant:
+        """One request of `who`; ApiError 429 says how long to wait for it."""
         with self._lock:
             account = self._account(who)
             if who.concurrent and account.running >= who.concurrent:
                 raise _exceeded(f"{who.concurrent} requests at once are the limit of this key", 1.0)
-            if account.tokens is not None and tokens > account.tokens.limit:
-                raise ApiError(
-                    429,
-                    f"the request may take {tokens} tokens, and {account.tokens.limit} a minute are the limit of this "
-                    "key: ask for fewer with max_tokens",
-                    code="rate_limit_exceeded",
-                )
             if account.requests is not None and (wait := account.requests.take(1.0)):
                 raise _exceeded(f"{account.requests.limit} requests a minute are the limit of this key", wait)
-            if account.tokens is not None and (wait := account.tokens.take(tokens)):
-                if account.requests is not None:
-                    account.requests.give(1.0)
-                raise _exceeded(f"{account.tokens.limit} tokens a minute are the limit of this key", wait)
             account.running += 1
-        return Grant(self, who, tokens)
+        return Grant(self, who)
+
+    def _take(self, who: Key, tokens: int) -> None:
+        with self._lock:
+            bucket = self._account(who).tokens
+            if bucket is None:
+                return
+            if tokens > bucket.limit:
+                told = f"the request may take {tokens} tokens, and {bucket.limit} a minute are the limit of this key"
+                raise ApiError(429, f"{told}: ask for fewer with max_tokens", code="rate_limit_exceeded")
+            if wait := bucket.take(tokens):
+                raise _exceeded(f"{bucket.limit} tokens a minute are the limit of this key", wait)
 
     def _account(self, who: Key) -> _Account:
         known = self._accounts.get(who.name)
@@ -147,7 +152,7 @@ class Access:
             return made
         return known[1]
 
-    def _settled(self, who: Key, unused: int) -> None:
+    def _ended(self, who: Key, unused: int) -> None:
         with self._lock:
             _, account = self._accounts[who.name]
             account.running -= 1

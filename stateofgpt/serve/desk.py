@@ -153,18 +153,14 @@ class Desk:
     async def _answered(self, request: Request, draft: Draft, save_user: Callable[[], None] | None) -> Response:
         """The stream of one answer. What cannot be answered is refused before anything is stored."""
         service, began = self.service, time.perf_counter()
-        lease = service.shelf.lease()
+        visit = service.enter(request, {})
         try:
-            model: Assistant = lease.assistant
+            model: Assistant = visit.model
             fitted, dropped = await apart(model.fit, draft.said, self.defaults.max_tokens)
-            grant = service.access.begin(who_asks(request), self.defaults.max_tokens)
-            try:
-                generation, stop = self.running.begin()
-            except BaseException:
-                grant.settle(0)
-                raise
+            visit.grant.take(self.defaults.max_tokens)
+            generation, stop = self.running.begin()
         except BaseException:
-            lease.end()
+            visit.end()
             raise
         params = replace(self.defaults, seed=draft.seed)
         drawn = gathered(model.stream(fitted, params, stop, draft.author), stop)
@@ -173,8 +169,7 @@ class Desk:
 
         def ended() -> None:
             self.running.end(generation)
-            grant.settle(self.defaults.max_tokens)
-            lease.end()
+            visit.end(self.defaults.max_tokens)
 
         frames = _frames(Pieces([writing], ended))
         return EventStream(frames, stop)

@@ -1,6 +1,6 @@
 """The server as a process: its socket, its models, its signals, and how it ends.
 
-Owns: where it may listen, how many connections the machine allows it, that SIGHUP reads the models' folders again, and
+Owns: where it may listen, how many connections the machine allows it, that SIGUSR1 reads the models' folders again, and
 that SIGTERM lets answers finish before it leaves. Knows no route.
 """
 
@@ -118,7 +118,7 @@ def room_for(connections: int) -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which lets answers finish for a while, and exchanges models at SIGHUP."""
+    """uvicorn's server, which lets answers finish for a while, and exchanges models at SIGUSR1."""
 
     def __init__(self, settings: uvicorn.Config, running: Running, shelf: Shelf, drain_s: float) -> None:
         super().__init__(settings)
@@ -126,8 +126,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP"):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGUSR1"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._reload)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._running.draining = True

@@ -33,16 +33,16 @@ STOPPING = "the server is stopping, and the answer was not finished"
 async def chat(service: Service, request: Request) -> Response:
     """The route."""
     body = await service.body(request)
-    lease = service.lease(body)
+    visit = service.enter(request, body)
     try:
-        model: LoadedAssistant = lease.assistant
+        model: LoadedAssistant = visit.model
         asked = await apart(parse_chat, body, model.vocab_size, service.defaults)
-        prompt = await apart(ready, model, asked.conversation, asked.asked, "messages")
+        prompt = await ready(service, model, asked.conversation, asked.asked, "messages")
         sources = chat_sources(model, asked, tenant_of(request))
         most = len(prompt) + asked.asked.n * asked.asked.params.max_tokens
-        job = service.begin(request, lease, sources, most)
+        job = service.begin(request, visit, sources, most)
     except BaseException:
-        lease.end()
+        visit.end()
         raise
     shapes = ChatShapes(
         job.id, model.name, model.id, model.tokenizer, asked.asked.logprobs, asked.asked.include_usage
@@ -55,18 +55,23 @@ async def chat(service: Service, request: Request) -> Response:
     return failed or JSONResponse(shapes.whole(choices, usage(len(prompt), choices)))
 
 
-def ready(model: LoadedAssistant, conversation: Conversation, asked: Asked, param: str) -> list[int]:
+async def ready(
+    service: Service, model: LoadedAssistant, conversation: Conversation, asked: Asked, param: str
+) -> list[int]:
     """The prompt's ids, once everything the answer needs is known to be there; ApiError where it is not."""
-    offer = asked.offer
+    offer, constraint = asked.offer, asked.params.constraint
     try:
-        ids = model.prompt(conversation, offer)
+        ids: list[int] = await apart(model.prompt, conversation, offer)
     except ContextTooLong as error:
         raise ApiError(400, str(error), param=param, code="context_length_exceeded") from error
-    constraint = asked.params.constraint
-    if constraint is not None:
-        compiled(model, lambda: constraint, "response_format")
-    if offer is not None and offer.open and (model.constrained or offer.choice == "required"):
-        compiled(model, offer.constraint, "tools")
+    calls = offer is not None and offer.open and (model.constrained or offer.choice == "required")
+    if constraint is None and not calls:
+        return ids
+    async with service.schemas:
+        if constraint is not None:
+            await apart(compiled, model, lambda: constraint, "response_format")
+        if offer is not None and calls:
+            await apart(compiled, model, offer.constraint, "tools")
     return ids
 
 

@@ -84,15 +84,15 @@ def _items(given: Any) -> list[dict[str, Any]]:
 async def responses(service: Service, request: Request) -> Response:
     """The route."""
     body = await service.body(request)
-    lease = service.lease(body)
+    visit = service.enter(request, body)
     try:
-        model: LoadedAssistant = lease.assistant
+        model: LoadedAssistant = visit.model
         asked = await apart(parse_response, body, model.vocab_size, service.defaults)
-        prompt = await apart(ready, model, asked.conversation, asked.asked, "input")
+        prompt = await ready(service, model, asked.conversation, asked.asked, "input")
         sources = chat_sources(model, asked, tenant_of(request))
-        job = service.begin(request, lease, sources, len(prompt) + asked.asked.params.max_tokens)
+        job = service.begin(request, visit, sources, len(prompt) + asked.asked.params.max_tokens)
     except BaseException:
-        lease.end()
+        visit.end()
         raise
     shapes = Shapes(job.id, model.name, body, len(prompt), asked.asked.params)
     choice = Choice(())

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stateofgpt import __version__
+from stateofgpt.serve.fields import ApiError
 from stateofgpt.serve.metrics import CONTENT_TYPE
 from stateofgpt.serve.openai.chat import chat
 from stateofgpt.serve.openai.document import document
@@ -21,7 +22,7 @@ from stateofgpt.serve.openai.responses import responses
 from stateofgpt.serve.openai.text import completions
 from stateofgpt.serve.openai.tokens import detokenize, embeddings, tokenize, tokenizer_info
 from stateofgpt.serve.service import Service, apart
-from stateofgpt.serve.shelf import Held, UnknownModel
+from stateofgpt.serve.shelf import Held
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
 POSTS: dict[str, Handler] = {
@@ -68,8 +69,7 @@ async def one_model(service: Service, request: Request) -> Response:
     name = request.path_params["id"]
     held = service.shelf.models.get(name)
     if held is None:
-        service.lease({"model": name}).end()
-        raise UnknownModel(f"there is no model {name[:80]!r} here")
+        raise ApiError(404, f"there is no model {name[:80]!r} here", param="model", code="model_not_found")
     return JSONResponse(_shown(name, held))
 
 
@@ -112,6 +112,6 @@ async def reload(service: Service, request: Request) -> Response:
     body = await service.body(request)
     name = body.get("model")
     if name is not None and not isinstance(name, str):
-        service.lease(body).end()  # says what is wrong with it
+        raise ApiError(400, "model must be a string", param="model")
     names = list(service.shelf.models) if name is None else [name]
     return JSONResponse({"reloaded": [await apart(service.shelf.reload, name) for name in names]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -37,20 +37,23 @@ class Prompt:
 async def completions(service: Service, request: Request) -> Response:
     """The route."""
     body = await service.body(request)
-    lease = service.lease(body)
+    visit = service.enter(request, body)
     try:
-        model: LoadedAssistant = lease.assistant
+        model: LoadedAssistant = visit.model
         asked = await apart(parse_text, body, model.vocab_size, service.defaults)
         prompts = await apart(_read, model, asked)
+        if asked.echo and asked.asked.logprobs:
+            async with service.forwards:
+                prompts = await apart(_scored, model, asked, prompts)
         shapes = _shapes(model, asked)
         sources = [] if asked.only_echo else _sources(model, asked, prompts, tenant_of(request))
-        if not sources:
-            lease.end()
-            return _whole(shapes, asked, prompts, [])
         most = sum(len(one.ids) + asked.asked.n * asked.asked.params.max_tokens for one in prompts)
-        job = service.begin(request, lease, sources, most)
+        if not sources:
+            visit.end()
+            return _whole(shapes, asked, prompts, [])
+        job = service.begin(request, visit, sources, most)
     except BaseException:
-        lease.end()
+        visit.end()
         raise
     choices = [Choice(asked.asked.stop) for _ in sources]
     if asked.asked.stream:
@@ -66,7 +69,7 @@ def _shapes(model: LoadedAssistant, asked: CompletionRequest) -> TextShapes:
 
 
 def _read(model: LoadedAssistant, asked: CompletionRequest) -> list[Prompt]:
-    """Every prompt as ids, checked, and scored where its tokens are to be shown."""
+    """Every prompt as ids that the model can go on from."""
     found = []
     for given in asked.prompts:
         text = given if isinstance(given, str) else model.tokenizer.decode(given, skip_special=False)
@@ -77,13 +80,17 @@ def _read(model: LoadedAssistant, asked: CompletionRequest) -> list[Prompt]:
             raise ApiError(400, str(error), param="prompt", code="context_length_exceeded") from error
         except ModelError as error:
             raise ApiError(400, str(error), param="prompt") from error
-        added = int(isinstance(given, str))
-        events: tuple[Event, ...] = ()
-        if asked.echo and asked.asked.logprobs:
-            scored = model.scored(ids, asked.asked.params.top_logprobs)
-            first = [] if added else [Event(0, ids[0], math.nan, None)]
-            events = (*first, *scored)
-        found.append(Prompt(tuple(ids), added, text, events))
+        found.append(Prompt(tuple(ids), int(isinstance(given, str)), text))
+    return found
+
+
+def _scored(model: LoadedAssistant, asked: CompletionRequest, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts with the probabilities of their tokens."""
+    found = []
+    for prompt in prompts:
+        scored = model.scored(prompt.ids, asked.asked.params.top_logprobs)
+        first = [] if prompt.added else [Event(0, prompt.ids[0], math.nan, None)]
+        found.append(replace(prompt, events=(*first, *scored)))
     return found
 
 

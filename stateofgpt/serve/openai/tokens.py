@@ -14,7 +14,7 @@ from stateofgpt.errors import ModelError, StateOfGptError
 from stateofgpt.serve.fields import ApiError, flag, integer
 from stateofgpt.serve.loader import ContextTooLong, LoadedAssistant
 from stateofgpt.serve.openai.requests import messages, prompt_list
-from stateofgpt.serve.service import Service, apart, who_asks
+from stateofgpt.serve.service import Service, apart
 
 MAX_TOKENS_SHOWN = 100_000
 
@@ -22,22 +22,21 @@ MAX_TOKENS_SHOWN = 100_000
 async def embeddings(service: Service, request: Request) -> Response:
     """Vectors of length 1: the mean of the model's last hidden states."""
     body = await service.body(request)
-    lease = service.lease(body)
+    visit = service.enter(request, body)
+    tokens = 0
     try:
-        model: LoadedAssistant = lease.assistant
+        model: LoadedAssistant = visit.model
         coding = body.get("encoding_format", "float")
         if coding not in ("float", "base64", None):
             raise ApiError(400, "encoding_format must be float or base64", param="encoding_format")
         size = integer(body, "dimensions", 0, 1, 1_000_000)
         sequences = await apart(_sequences, model, body)
         tokens = sum(map(len, sequences))
-        grant = service.access.begin(who_asks(request), tokens)
-        try:
+        visit.grant.take(tokens)
+        async with service.forwards:
             vectors = await apart(model.embedded, sequences)
-        finally:
-            grant.settle(tokens)
     finally:
-        lease.end()
+        visit.end(tokens)
     if size > len(vectors[0]):
         raise ApiError(400, f"dimensions is {size}: the vectors have {len(vectors[0])}", param="dimensions")
     shown = [_shortened(vector, size) if size else vector for vector in vectors]
@@ -79,13 +78,13 @@ def _packed(vector: list[float]) -> str:
 async def tokenize(service: Service, request: Request) -> Response:
     """The ids of a `prompt`, or of `messages` as the model reads them."""
     body = await service.body(request)
-    lease = service.lease(body)
+    visit = service.enter(request, body)
     try:
-        model: LoadedAssistant = lease.assistant
+        model: LoadedAssistant = visit.model
         ids = await apart(_ids, model, body)
         shown = [model.tokenizer.token_str(token) for token in ids] if flag(body, "return_token_strs") else None
     finally:
-        lease.end()
+        visit.end()
     known = {"count": len(ids), "max_model_len": model.max_context, "tokens": ids}
     return JSONResponse({**known, "token_strs": shown})
 
@@ -107,9 +106,9 @@ def _ids(model: LoadedAssistant, body: Mapping[str, Any]) -> list[int]:
 async def detokenize(service: Service, request: Request) -> Response:
     """The text of `tokens`, special tokens by their names."""
     body = await service.body(request)
-    lease = service.lease(body)
+    visit = service.enter(request, body)
     try:
-        model: LoadedAssistant = lease.assistant
+        model: LoadedAssistant = visit.model
         found = body.get("tokens")
         if found != []:
             (ids, *rest) = prompt_list(found, "tokens")
@@ -120,15 +119,15 @@ async def detokenize(service: Service, request: Request) -> Response:
             found = list(ids)
         text = model.tokenizer.decode(found, skip_special=False)
     finally:
-        lease.end()
+        visit.end()
     return JSONResponse({"prompt": text})
 
 
 async def tokenizer_info(service: Service, request: Request) -> Response:
     """What a harness asks of a tokenizer."""
-    lease = service.lease(dict(request.query_params))
+    visit = service.enter(request, request.query_params)
     try:
-        model: LoadedAssistant = lease.assistant
+        model: LoadedAssistant = visit.model
         names = model.tokenizer.specials
         end, begin = names.get(model.chat.end), names.get(model.tokenizer.eot)
         return JSONResponse(
@@ -143,4 +142,4 @@ async def tokenizer_info(service: Service, request: Request) -> Response:
             }
         )
     finally:
-        lease.end()
+        visit.end()
