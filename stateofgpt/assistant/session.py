@@ -175,13 +175,15 @@ class Session:
         self,
         conversation: Conversation,
         params: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        *,
+        whole: bool = False,
     ) -> Iterator[Streamed]:
         """Answer one conversation piece by piece. `params.seed` is used as it is. Closing the iterator cancels the
         request.
 
-        A conversation too long for the context loses its oldest exchanges (see `fit`).
+        A conversation too long for the context loses its oldest exchanges (see `fit`), unless it is to be read `whole`.
         """
-        request, turn = self._begin(self.fit(conversation), params)
+        request, turn = self._begin(conversation if whole else self.fit(conversation), params)
         try:
             speech = self.chat.speech()
             waiting: list[Event] = []

@@ -97,13 +97,14 @@ class LoadedAssistant:
     def stream(
         self, conversation: Conversation, params: SamplingParams, stopped: threading.Event, tenant: str = ""
     ) -> Iterator[Streamed]:
-        """Events of one answer. Raises Stopped at the next token once `stopped` is set; its row is free at once.
+        """Events of one answer to the conversation as it is (see `fit` and `prompt`). Raises Stopped once `stopped` is
+        set; its row is free at once.
 
         What was read for one `tenant` is never found again for another.
         """
         engine = _Stoppable(self._loop, stopped, tenant)
         tools = None if params.constraint else self._tools
-        return Session(engine, self.chat, tools).stream(conversation, params)
+        return Session(engine, self.chat, tools).stream(conversation, params, whole=True)
 
     def offered(
         self,
@@ -119,7 +120,7 @@ class LoadedAssistant:
             mark = self.tokenizer.tool_open
             if mark is not None and not params.constraint:
                 params = replace(params, logit_bias=(*params.logit_bias, (mark, -100.0)))
-            return Session(engine, self.chat).stream(conversation, params)
+            return Session(engine, self.chat).stream(conversation, params, whole=True)
         return Caller(engine, self.chat, constrained=self.constrained).stream(conversation, params, offer)
 
     def fit(self, conversation: Conversation, max_tokens: int) -> tuple[Conversation, int]:
