@@ -136,10 +136,10 @@ def test_the_server_streams_and_stores_what_the_model_wrote(assistant: LoadedAss
                 "/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
             ).json()
             assert whole["usage"]["completion_tokens"] <= 5 and whole["usage"]["prompt_tokens"] > 5
-            said = [{"role": "user", "content": "yes"}, {"role": "assistant", "content": "no"}] * 6
-            said.append({"role": "user", "content": "What is 4729 + 386?"})
-            count = client.post("/tokenize", json={"messages": said}).json()["count"]
-            assert 96 < count < 128  # more than a conversation that has to leave room for an answer
+            said = [{"role": "user", "content": "What is 4729?"}]
+            while (count := client.post("/tokenize", json={"messages": said}).json()["count"]) <= 96:
+                said = [{"role": "user", "content": "yes"}, {"role": "assistant", "content": "no"}, *said]
+            assert count < 128  # more than a conversation that has to leave room for an answer
             for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
                 sent = {"messages": said, "max_tokens": 4096, "tools": tools, "tool_choice": "none"}
                 body = client.post("/v1/chat/completions", json=sent if tools else {"messages": said}).json()
