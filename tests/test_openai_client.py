@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_loader import folder  # noqa: F401 a fixture: runs/tiny with its checkpoints
+import torch
+
+from stateofgpt.model.checkpoint import save_checkpoint
+from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.text.tokenizer import Tokenizer
 
 openai = pytest.importorskip("openai")
 
@@ -35,6 +39,21 @@ WEATHER: Any = {
         "parameters": {"type": "object", "properties": {"city": {"enum": ["Bern", "Oslo"]}}, "required": ["city"]},
     },
 }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint named tiny:rl, of random weights."""
+    path = tmp_path_factory.mktemp("runs") / "tiny" / "rl" / "checkpoint"
+    path.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    shape = GPTConfig(
+        vocab_size=384, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+        intermediate_size=64, max_position_embeddings=1024, tie_word_embeddings=False,
+    )  # fmt: skip
+    tokenizer = Tokenizer.train(iter(["What is 4729 + 386? It is five thousand. assistant user tool"] * 20), 320)
+    save_checkpoint(path, GPT(shape), tokenizer=tokenizer, stage="rl", run="tiny")
+    return path
 
 
 class Process:
@@ -59,7 +78,7 @@ class Process:
 
 
 @pytest.fixture(scope="module")
-def live(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:  # noqa: F811
+def live(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     running = Process(folder, tmp_path_factory.mktemp("live"))
     try:
         yield running
@@ -118,7 +137,7 @@ def test_log_probabilities(client: Any) -> None:
         assert bytes(entry.bytes).decode("utf-8", "replace") == entry.token
 
 
-def test_completions_echo_scores_that_a_forward_pass_gives(client: Any, folder: Path) -> None:  # noqa: F811
+def test_completions_echo_scores_that_a_forward_pass_gives(client: Any, folder: Path) -> None:
     from stateofgpt.infer.score import score
     from stateofgpt.model.checkpoint import load_model
 
@@ -180,7 +199,7 @@ def test_errors_are_the_exceptions_that_clients_catch(client: Any, live: Process
         ask(model="tiny:rl", messages=SAY, temperature=9)
     assert wrong.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as long:
-        ask(model="tiny:rl", messages=[{"role": "user", "content": "x" * 900}])
+        ask(model="tiny:rl", messages=[{"role": "user", "content": "x" * 3000}])
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{live.url}/v1", api_key="sog-wrong").models.list()
