@@ -139,6 +139,20 @@ def test_definitions_of_two_tools_do_not_get_mixed_up() -> None:
         assert schema["$defs"][name] == {"type": kind} and "$defs" not in arguments
 
 
+@pytest.mark.parametrize(
+    "parameters, closed",
+    [
+        ({"properties": {"a": {}}}, True),
+        ({"properties": {"a": {}}, "additionalProperties": True}, False),
+        ({"properties": {"a": {}}, "anyOf": [{}]}, False),
+        ({}, False),
+    ],
+)
+def test_arguments_that_were_not_declared_are_not_made_up(parameters: dict[str, Any], closed: bool) -> None:
+    arguments = Offer((Tool("f", "", parameters),)).schema()["properties"]["arguments"]
+    assert (arguments.get("additionalProperties") is False) == closed
+
+
 def test_the_model_is_told_of_the_tools_once_and_keeps_its_system_message() -> None:
     alone = told(ASK, OFFER)
     assert [message.role for message in alone] == ["system", "user"] and '"weather"' in alone[0].content

@@ -23,6 +23,7 @@ from stateofgpt.text.messages import INVALID, ToolCall, read_call
 from stateofgpt.text.specials import TOOL_CLOSE, TOOL_OPEN
 
 MAX_CALLS = 8  # of one answer
+_OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "$ref"}
 _CALL = re.compile(r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"arguments"\s*:\s*(?=\S)', re.DOTALL)
 
 
@@ -80,8 +81,11 @@ def told(conversation: Conversation, offer: Offer) -> Conversation:
 
 
 def _call_schema(tool: Tool, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One tool's call, and the definitions it refers to, under names of their own."""
+    """One tool's call, and the definitions it refers to, under names of their own. Parameters that do not say whether
+    there may be others have no others: a small model would make some up."""
     parameters = dict(tool.parameters) or {"type": "object"}
+    if "properties" in parameters and not parameters.keys() & _OPEN:
+        parameters["additionalProperties"] = False
     found: dict[str, Any] = {}
     for group in ("$defs", "definitions"):
         inner = parameters.pop(group, None)
