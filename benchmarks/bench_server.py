@@ -166,6 +166,7 @@ async def idle(target: Target, options: argparse.Namespace) -> Any:
             opened.append(await target.open())
         except OSError:
             failed += 1
+    await asyncio.sleep(2.0)  # until all are accepted
     during = process(options.pid)
     alive = await crowd(target, 4, 20)
     refused = closed = 0
@@ -232,7 +233,10 @@ async def soak(target: Target, options: argparse.Namespace) -> Any:
     half = samples[len(samples) // 2 :]
     slopes = {name: slope(half, name) for name in ("rss_kb", "files", "threads") if half and name in half[0]}
     seconds = time.perf_counter() - began
-    return {**shown(times, seconds), "per_minute": slopes, "first": samples[0], "last": samples[-1]}
+    ten = samples[:: max(1, len(samples) // 10)]
+    memory = [(round(sample["t"] - samples[0]["t"]), sample.get("rss_kb", 0)) for sample in ten]
+    ends = {"start": samples[0], "end": samples[-1], "memory": memory}
+    return {**shown(times, seconds), "per_minute": slopes, **ends}
 
 
 def slope(samples: list[dict[str, float]], name: str) -> float:

@@ -69,7 +69,7 @@ def create_app(
 
     def seen(scope: Scope, status: int) -> None:
         path = scope["path"] if scope["path"] in known else "/v1/models/" if "/v1/models/" in scope["path"] else "other"
-        metrics.requests.labels(path, str(status)).inc()
+        metrics.requests.labels(path, str(status) if status else "left").inc()
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

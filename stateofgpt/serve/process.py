@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import resource
 import signal
 import socket
@@ -81,10 +82,16 @@ def listen(host: str, port: int, *, anywhere: bool = False) -> socket.socket:
 
 def run_server(app: Starlette, listener: socket.socket, config: Config) -> None:
     """Run `app` on a listening socket until a signal ends it."""
+    logging.getLogger("asyncio").addFilter(_worth_telling)
     try:
         server(app, config).run(sockets=[listener])
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """asyncio warns when several frames go to a client that has just left, which is no news."""
+    return record.getMessage() != "socket.send() raised exception."
 
 
 def server(app: Starlette, config: Config) -> Server:
