@@ -179,14 +179,14 @@ def test_what_is_no_http_ends_only_its_own_connection(live: Live, sent: bytes) -
 
 def leave(live: Live, count: int, stream: bool) -> None:
     data = json.dumps({**ASK, "stream": stream}).encode()
-    for _ in range(count):
+    for number in range(count):
         connection = live.connect(HEAD + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
         if stream:
             seen = b""
             while seen.count(b"data: ") < 4:
                 seen += connection.recv(65536)
         else:
-            wait_for(lambda: live.script.open)
+            wait_for(lambda number=number: len(live.script.asked) > number)
         connection.close()
 
 
