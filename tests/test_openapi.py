@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from stateofgpt.data.feedback import FeedbackStore
 from stateofgpt.serve.app import create_app
+from stateofgpt.serve.config import Config
 from stateofgpt.serve.fields import MAX_DEPTH, ApiError, shallow
 from stateofgpt.serve.openai.document import document
 
@@ -85,7 +86,7 @@ def test_schemathesis_finds_no_500(tmp_path: Path) -> None:
     from schemathesis.checks import not_a_server_error
 
     with FeedbackStore(tmp_path / "f.sqlite") as store:
-        app = create_app(served(ScriptedLoop(tokenizer())), store)
+        app = create_app(served(ScriptedLoop(tokenizer())), store, Config(names=("testserver",)))
         schema = schemathesis.openapi.from_asgi("/openapi.json", app)
         random.seed(0)
         seen = set()
