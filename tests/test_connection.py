@@ -60,14 +60,24 @@ class Live:
         self.listener.close()
 
 
-@pytest.fixture
-def live(tmp_path: Path) -> Iterator[Live]:
-    with FeedbackStore(tmp_path / "f.sqlite") as store:
-        running = Live(ScriptedLoop(tokenizer()), store, QUICK)
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """One server for all tests that leave it as it was."""
+    with FeedbackStore(tmp_path_factory.mktemp("live") / "f.sqlite") as store:
+        made = Live(ScriptedLoop(tokenizer()), store, QUICK)
         try:
-            yield running
+            yield made
         finally:
-            running.stop()
+            made.stop()
+
+
+@pytest.fixture
+def live(running: Live) -> Live:
+    wait_for(lambda: running.counted("sog_connections") == 0)
+    running.script.say, running.script.pause = (lambda _, __: "It is four."), 0.0
+    running.script.asked.clear()
+    running.script.steps = 0
+    return running
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
@@ -150,6 +160,7 @@ def test_slow_clients_do_not_hold_up_others(live: Live) -> None:
 
 
 def test_one_connection_too_many_is_told_so_at_once(live: Live) -> None:
+    before = live.counted("sog_connections_refused_total")
     held = [live.connect() for _ in range(QUICK.max_connections)]
     wait_for(lambda: live.counted("sog_connections") == QUICK.max_connections)
     extra = live.connect(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
@@ -158,7 +169,7 @@ def test_one_connection_too_many_is_told_so_at_once(live: Live) -> None:
     for connection in (*held, extra):
         connection.close()
     wait_for(lambda: live.counted("sog_connections") == 0)
-    assert live.ask("GET", "/health")[0] == 200 and live.counted("sog_connections_refused_total") == 1
+    assert live.ask("GET", "/health")[0] == 200 and live.counted("sog_connections_refused_total") == before + 1
 
 
 @pytest.mark.parametrize("size", [40_000, 5_000_000])
@@ -221,13 +232,16 @@ def test_a_server_that_is_told_to_stop_lets_answers_finish(tmp_path: Path) -> No
         live.stop()
 
 
-def test_an_answer_that_takes_too_long_to_finish_ends_with_an_error_event(live: Live) -> None:
-    live.script.say, live.script.pause = (lambda _, __: "word " * 700), 0.01
-    data = json.dumps(ASK).encode()
-    connection = live.connect(HEAD + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    seen = connection.recv(65536)
-    live.server.should_exit = True
-    with contextlib.suppress(ConnectionError):
-        while piece := connection.recv(65536):
-            seen += piece
+def test_an_answer_that_takes_too_long_to_finish_ends_with_an_error_event(tmp_path: Path) -> None:
+    with FeedbackStore(tmp_path / "f.sqlite") as store:
+        live = Live(ScriptedLoop(tokenizer(), "word " * 700), store, QUICK)
+        live.script.pause = 0.01
+        data = json.dumps(ASK).encode()
+        connection = live.connect(HEAD + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        seen = connection.recv(65536)
+        live.server.should_exit = True
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(65536):
+                seen += piece
+        live.stop()
     assert b'"error"' in seen and b"stopping" in seen and b"[DONE]" not in seen
