@@ -73,7 +73,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 @pytest.fixture
 def live(running: Live) -> Live:
-    wait_for(lambda: running.counted("sog_connections") == 0)
+    busy = running.app.state.running
+    wait_for(lambda: running.counted("sog_connections") == 0 and not running.script.open and len(busy) == 0)
     running.script.say, running.script.pause = (lambda _, __: "It is four."), 0.0
     running.script.asked.clear()
     running.script.steps = 0
