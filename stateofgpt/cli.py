@@ -27,6 +27,7 @@ from stateofgpt.options import (
     to_count,
     to_minutes,
     to_port,
+    to_seconds,
     to_seed,
     to_share,
     to_temperature,
@@ -195,11 +196,26 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     chat.option("--seed", type=to_seed, default=0, help="the same seed and words, the same answers (default 0)")
     chat.option("--feedback", type=Path, help="where thumbs are kept; default: in the model's run")
 
-    serve = verb("serve", act.serve, "talk to a model on a web page of this machine")
-    _model_argument(serve, optional=True)
+    serve = verb("serve", act.serve, "models on a web page and behind OpenAI's API")
+    text = "checkpoint folders, or RUN:stage; the first is the page's (default: the newest run's rl, else sft)"
+    serve.add_argument("model", metavar="MODEL", nargs="*", help=text)
     serve.option("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
     serve.option("--port", type=to_port, default=8000, help="the port to listen on (default 8000)")
-    serve.option("--feedback", type=Path, help="where thumbs are kept; default: in the model's run")
+    serve.option("--keys", type=Path, metavar="FILE", help="ask for an API key of this file (see `sog keys`)")
+    serve.option("--name", action="append", metavar="HOST", help="another host name the server goes by; repeatable")
+    serve.option("--feedback", type=Path, help="where thumbs are kept; default: in the first model's run")
+    serve.option("--max-answers", type=to_count, help="how many answers may be written or waiting at once (default 64)")
+    serve.option("--max-connections", type=to_count, help="how many connections may be open (default 1024)")
+    serve.option("--drain", type=to_seconds, metavar="SECONDS", help="for answers to finish at SIGTERM (default 20)")
+
+    keys = verb("keys", act.keys, "make, list or remove the API keys of a server")
+    keys.add_argument("deed", metavar="add|list|remove", choices=("add", "list", "remove"))
+    keys.add_argument("holder", metavar="NAME", nargs="?", help="whose key it is")
+    keys.option("--keys", type=Path, metavar="FILE", default=Path("keys.json"), help="the file (default keys.json)")
+    keys.option("--requests-per-minute", type=to_count, default=0, metavar="N", help="default: no limit")
+    keys.option("--tokens-per-minute", type=to_count, default=0, metavar="N", help="default: no limit")
+    keys.option("--concurrent", type=to_count, default=0, metavar="N", help="requests at once; default: no limit")
+    keys.option("--admin", action="store_true", help="may read metrics and reload models")
 
     improve = verb("improve", act.improve, "train the next assistant on the thumbs given to a run's models")
     improve.add_argument("run", nargs="?", metavar="RUN", help="a run folder or its name; default: the newest")

@@ -90,6 +90,7 @@ to_seed = number(int, 0, "a whole number from 0", 2**63 - 1)
 to_count = number(int, 1, "a whole number from 1")
 to_minutes = number(float, 0.01, "a number of minutes")
 to_temperature = number(float, 0.0, "a number from 0")
+to_seconds = number(float, 0.0, "a number of seconds", 3600.0)
 to_port = number(int, 0, "a port, 0 to 65535", 65535)
 
 

@@ -189,11 +189,46 @@ def chat(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """The page and the API."""
-    folder = resolve_model(options.model) if options.model else newest_model()
-    from stateofgpt.serve.app import Config, serve
+    folders = [resolve_model(model) for model in options.model] or [newest_model()]
+    from stateofgpt.serve.config import Config
+    from stateofgpt.serve.process import serve
 
-    feedback = options.feedback or feedback_of(folder) or Path("feedback.sqlite")
-    serve(folder, feedback, Config(host=options.host, port=options.port))
+    feedback = options.feedback or feedback_of(folders[0]) or Path("feedback.sqlite")
+    given = {
+        "max_answers": options.max_answers,
+        "max_connections": options.max_connections,
+        "drain_s": options.drain,
+        "names": tuple(name.lower() for name in options.name) if options.name else None,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    serve(folders, feedback, Config(host=options.host, port=options.port, **chosen), options.keys)
+
+
+def keys(options: argparse.Namespace) -> None:
+    """The keys of a server."""
+    from stateofgpt.serve.keys import Key, new_key, read_keys, remove_key
+
+    if options.deed == "list":
+        for key in read_keys(options.keys).values():
+            limits = {"requests": key.requests_per_minute, "tokens": key.tokens_per_minute}
+            told = [f"{limit} {what} a minute" for what, limit in limits.items() if limit]
+            told += [f"{key.concurrent} at once"] if key.concurrent else []
+            print(f"{key.name}: {', '.join(told) or 'no limits'}{', admin' if key.admin else ''}")
+        return
+    if options.holder is None:
+        raise ConfigError(f"say whose key: `sog keys {options.deed} NAME`")
+    if options.deed == "remove":
+        remove_key(options.keys, options.holder)
+        print(f"{options.holder} is no longer in {options.keys}")
+        return
+    made = Key(
+        options.holder,
+        requests_per_minute=options.requests_per_minute,
+        tokens_per_minute=options.tokens_per_minute,
+        concurrent=options.concurrent,
+        admin=options.admin,
+    )
+    print(new_key(options.keys, made))
 
 
 def improve(options: argparse.Namespace) -> None:

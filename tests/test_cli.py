@@ -21,8 +21,9 @@ from stateofgpt.cli import STAGE_VERBS, main
 from stateofgpt.config import apply_overrides, to_dict
 from stateofgpt.errors import DataError, InterruptedRun
 from stateofgpt.run import STAGES, Run
+from stateofgpt.serve.config import Config
 
-VERBS = ("run", *STAGE_VERBS, "report", "sample", "logprobs", "chat", "serve", "improve", "import", "runs")
+VERBS = ("run", *STAGE_VERBS, "report", "sample", "logprobs", "chat", "serve", "keys", "improve", "import", "runs")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fakes:
     module("stateofgpt.recipes.pipeline", execute=execute)
     module("stateofgpt.report.build", build=record("build", Path("report.html")))
     module("stateofgpt.report.tree", print_tree=record("tree"))
-    module("stateofgpt.serve.app", serve=record("serve"), Config=lambda host, port: (host, port))
+    module("stateofgpt.serve.process", serve=record("serve"))
     module("stateofgpt.serve.terminal", chat=record("chat"))
     module("stateofgpt.stages.improve", improve=record("improve"))
     monkeypatch.chdir(tmp_path)
@@ -181,8 +182,8 @@ def test_chat_and_serve_take_the_newest_assistant_and_keep_feedback_in_its_run(f
     old, new = Path("runs/old/rl/checkpoint"), Path("runs/new/sft/checkpoint")
     assert fakes.calls == [
         ("chat", new, (tmp_path / "runs/new/feedback.sqlite"), 0.0, 0),
-        ("serve", old, tmp_path / "runs/old/feedback.sqlite", ("127.0.0.1", 8080)),
-        ("serve", old, Path("f.sqlite"), ("127.0.0.1", 8000)),
+        ("serve", [old], tmp_path / "runs/old/feedback.sqlite", Config(port=8080), None),
+        ("serve", [old], Path("f.sqlite"), Config(), None),
     ]
 
 

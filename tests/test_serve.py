@@ -22,11 +22,11 @@ from stateofgpt.assistant.session import Done, Streamed, TextDelta, ToolCalled, 
 from stateofgpt.data.feedback import FeedbackStore
 from stateofgpt.errors import FeedbackError, ModelError, ServeError
 from stateofgpt.infer.sampling import SamplingParams
-from stateofgpt.serve import app as server
+from stateofgpt.serve import process as server
 from stateofgpt.serve.answering import Stopped
-from stateofgpt.serve.app import Config, create_app
+from stateofgpt.serve.app import create_app
+from stateofgpt.serve.config import Config
 from stateofgpt.serve.markdown import TAGS, render
-from stateofgpt.serve.protocol import StopStrings
 from stateofgpt.text.chat import Conversation, Message, ToolCall
 
 HERE = "http://127.0.0.1:8000"
@@ -56,7 +56,7 @@ class Script:
         return kept, len(conversation) - len(kept)
 
     def stream(
-        self, conversation: Conversation, params: SamplingParams, stopped: threading.Event
+        self, conversation: Conversation, params: SamplingParams, stopped: threading.Event, tenant: str = ""
     ) -> Iterator[Streamed]:
         self.seen.append(conversation)
         text = self.say(conversation, params)
@@ -248,9 +248,6 @@ def test_when_the_database_is_locked_chat_goes_on_and_feedback_asks_for_a_retry(
         ("/api/feedback", b'{"message": "m", "key": "k", "retracted": "yes"}', 400),
         ("/api/nowhere", b"{}", 404),
         ("/api/health", b"{}", 405),
-        ("/v1/chat/completions", b'{"messages": []}', 400),
-        ("/v1/chat/completions", b'{"messages": [{"role": "king", "content": "x"}]}', 400),
-        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400),
     ],
 )
 def test_bad_requests_get_one_sentence_and_no_trace(client: TestClient, address: str, body: bytes, status: int) -> None:
@@ -396,91 +393,6 @@ def test_markdown_is_rendered_and_arithmetic_left_alone() -> None:
     assert render("<" * 70_000).startswith("<pre>&lt;")
 
 
-# -- OpenAI's API ----------------------------------------------------------------------------------------------------
-
-ASK = {"model": "run:rl", "messages": [{"role": "user", "content": "2+2?"}]}
-
-
-def test_a_chat_completion_has_openais_shape(client: TestClient, store: FeedbackStore) -> None:
-    body = client.post("/v1/chat/completions", json=ASK).json()
-    assert body["object"] == "chat.completion" and body["model"] == "run:rl"
-    (choice,) = body["choices"]
-    assert choice["message"]["content"] == "It is four." and choice["finish_reason"] == "stop"
-    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
-    assert store.counts().conversations == 0
-
-
-def test_a_streamed_completion_has_openais_frames(client: TestClient) -> None:
-    options = {"stream": True, "stream_options": {"include_usage": True}}
-    response = client.post("/v1/chat/completions", json={**ASK, **options})
-    *chunks, end = events(response)
-    assert end == {"type": "[DONE]"} and len({chunk["id"] for chunk in chunks}) == 1
-    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["total_tokens"] == 8
-    finishes = [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]]
-    assert finishes == [None] * (len(finishes) - 1) + ["stop"] and chunks[-2]["choices"][0]["delta"] == {}
-    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1]) == "It is four."
-    assert all(chunk["usage"] is None for chunk in chunks[:-1])
-
-
-def test_stop_strings_end_the_text_before_them(client: TestClient, script: Script) -> None:
-    script.say = lambda *_: "one two END three"
-    asked = {**ASK, "stop": ["END"]}
-    assert client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"] == "one two"
-    chunks = events(client.post("/v1/chat/completions", json={**asked, "stream": True}))[:-1]
-    text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
-    assert text == "one two " and chunks[-1]["choices"][0]["finish_reason"] == "stop"
-
-
-def test_a_stop_string_is_found_across_pieces_and_false_beginnings_are_passed_on() -> None:
-    stop = StopStrings(("END", "XY"))
-    assert [stop.feed(piece) for piece in ("abE", "xEN", "D more")] == ["ab", "Ex", ""] and stop.hit
-    stop = StopStrings(("END",))
-    assert stop.feed("fine EN") + stop.rest() == "fine EN"
-
-
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("temperature", -1), ("temperature", 1e308), ("temperature", "hot"), ("temperature", True),
-        ("top_p", 0), ("top_p", 2), ("top_k", -1), ("min_p", 1.5), ("n", 2), ("n", 10**6), ("max_tokens", 0),
-        ("max_tokens", 10**9), ("max_completion_tokens", -5), ("seed", 2**80), ("stop", ["x"] * 5), ("stop", 7),
-        ("logprobs", True), ("logit_bias", {"1": 100}), ("tools", [{}]), ("stream", "yes"), ("messages", "hi"),
-        ("response_format", {"type": "json_object"}), ("stream_options", [1]),
-    ],
-)  # fmt: skip
-def test_a_field_out_of_range_is_named(client: TestClient, field: str, value: Any) -> None:
-    response = client.post("/v1/chat/completions", json={**ASK, field: value})
-    assert response.status_code == 400 and response.json()["error"]["param"] == field
-
-
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_are_none_are_refused(client: TestClient, number: str) -> None:
-    body = json.dumps(ASK)[:-1] + f', "temperature": {number}}}'
-    response = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
-    assert response.status_code == 400
-
-
-def test_unknown_models_are_not_found_and_the_known_one_is_listed(client: TestClient) -> None:
-    assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["run:rl"]
-    assert client.get("/v1/models/run:rl").json()["object"] == "model"
-    assert client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
-    assert client.post("/v1/chat/completions", json={**ASK, "model": "gpt-9"}).status_code == 404
-
-
-def test_messages_longer_than_the_context_are_refused_as_openai_does(client: TestClient, script: Script) -> None:
-    script.limit = 3
-    response = client.post("/v1/chat/completions", json=ASK)
-    assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
-
-
-def test_an_error_inside_a_stream_is_an_error_event(client: TestClient, script: Script) -> None:
-    script.fail = RuntimeError("secret")
-    got = events(client.post("/v1/chat/completions", json={**ASK, "stream": True}))
-    assert got[-1]["error"]["type"] == "server_error" and "secret" not in json.dumps(got)
-    assert client.post("/v1/chat/completions", json=ASK).status_code == 500
-
-
 # -- over a real socket ----------------------------------------------------------------------------------------------
 
 
@@ -527,6 +439,7 @@ def test_when_the_reader_leaves_the_answer_ends_and_is_stored_as_partial(
     script.say, script.pause = lambda *_: "word " * 2000, 0.005
     connection, start = begin(live, "/api/chat", {"content": "go"})
     connection.close()
+    wait_for(store.conversations)
     stored = wait_for(lambda: store.thread(start["conversation"]).messages[1:])
     assert stored[0].partial and stored[0].text.startswith("word")
     steps = script.steps
@@ -583,10 +496,12 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from test_serve import Script
 from stateofgpt.data.feedback import FeedbackStore
-from stateofgpt.serve import app
-listener = app.listen("127.0.0.1", 0)
+from stateofgpt.serve import process
+from stateofgpt.serve.app import create_app
+listener = process.listen("127.0.0.1", 0)
 print(listener.getsockname()[1], flush=True)
-app.run_server(app.create_app(Script(), FeedbackStore(sys.argv[2], exclusive=True)), listener, app.Config())
+store = FeedbackStore(sys.argv[2], exclusive=True)
+process.run_server(create_app(Script(), store), listener, process.Config())
 """
 
 

@@ -12,7 +12,8 @@ import uvicorn
 from test_serve import ATTACKS, Script
 
 from stateofgpt.data.feedback import FeedbackStore
-from stateofgpt.serve import app as server
+from stateofgpt.serve import process as server
+from stateofgpt.serve.app import create_app
 from stateofgpt.text.chat import Message, ToolCall
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -30,7 +31,7 @@ def test_a_stored_conversation_is_shown_and_attacks_in_it_are_text(tmp_path: Pat
         answer = store.add_message(question.conversation, question.id, turn, model="<b>model</b>")
         store.rate(answer.id, "k", "down", correction=attack)
         listener = server.listen("127.0.0.1", 0)
-        running = uvicorn.Server(uvicorn.Config(server.create_app(Script(), store), log_level="warning", ws="none"))
+        running = uvicorn.Server(uvicorn.Config(create_app(Script(), store), log_level="warning", ws="none"))
         thread = threading.Thread(target=lambda: running.run(sockets=[listener]), daemon=True)
         thread.start()
         try:

@@ -57,9 +57,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of the assistant's text."""
+    """More of the assistant's text, and the draws it was made of (a character may take several)."""
 
     text: str
+    drawn: tuple[Event, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,22 @@ class ToolReturned:
 
 
 @dataclass(frozen=True)
+class CallDelta:
+    """More of call number `index` of a tool that is not run here: its name at first, then JSON of its arguments."""
+
+    index: int
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Done:
     """The turn is over; always the last event of a stream."""
 
     turn: Turn
 
 
-Streamed = TextDelta | ToolCalled | ToolReturned | Done
+Streamed = TextDelta | ToolCalled | ToolReturned | CallDelta | Done
 
 
 @dataclass
@@ -165,22 +175,28 @@ class Session:
         self,
         conversation: Conversation,
         params: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        *,
+        whole: bool = False,
     ) -> Iterator[Streamed]:
         """Answer one conversation piece by piece. `params.seed` is used as it is. Closing the iterator cancels the
         request.
 
-        A conversation too long for the context loses its oldest exchanges (see `fit`).
+        A conversation too long for the context loses its oldest exchanges (see `fit`), unless it is to be read `whole`.
         """
-        request, turn = self._begin(self.fit(conversation), params)
+        request, turn = self._begin(conversation if whole else self.fit(conversation), params)
         try:
             speech = self.chat.speech()
+            waiting: list[Event] = []
             for event in self.engine.events([request]):
                 turn.drew(event)
                 text = speech.hear(event.token)
+                if not speech.calling and event.token not in self._stops:
+                    waiting.append(event)
                 if event.finish:
                     text += speech.end()
                 if text:
-                    yield TextDelta(text)
+                    yield TextDelta(text, tuple(waiting))
+                    waiting = []
                 if event.finish:
                     answers = []
                     for call in self._finish(turn, event):

@@ -168,9 +168,9 @@ class FeedbackStore:
             raise UnknownMessage(f"there is no message {id!r}")
         return _node(row)
 
-    def path(self, id: str) -> tuple[StoredMessage, ...]:
-        """The turns from the root down to and including message `id`."""
-        by_id = {node.id: node for node in self.thread(self.message(id).conversation).messages}
+    def path(self, id: str, author: str | None = None) -> tuple[StoredMessage, ...]:
+        """The turns from the root down to and including message `id`; with `author`, of a conversation of theirs."""
+        by_id = {node.id: node for node in self.thread(self.message(id).conversation, author).messages}
         nodes = [by_id[id]]
         while nodes[-1].parent is not None:
             nodes.append(by_id[nodes[-1].parent])
@@ -180,11 +180,11 @@ class FeedbackStore:
         """What was said from the root down to and including message `id`, tool calls and results among it."""
         return tuple(message for node in self.path(id) for message in node.messages)
 
-    def thread(self, conversation: str) -> Thread:
-        """A conversation with all its branches; UnknownMessage when there is none."""
+    def thread(self, conversation: str, author: str | None = None) -> Thread:
+        """A conversation with all its branches; UnknownMessage when there is none, or none of `author`'s."""
         with self._read() as connection:
             head = connection.execute(_conversations.select().where(_conversations.c.id == conversation)).first()
-            if head is None:
+            if head is None or author not in (None, head.author):
                 raise UnknownMessage(f"there is no conversation {conversation!r}")
             mine = _messages.c.conversation == conversation
             rows = connection.execute(_messages.select().where(mine).order_by(_messages.c.seq)).mappings().all()

@@ -31,7 +31,9 @@ class EngineLoop:
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._inbox: dict[int, deque[Event | ModelError]] = {}  # of each request that is not over for its owner
         self._open: set[int] = set()  # requests with events to come
-        self._changed = threading.Condition()
+        self._bells: dict[int, threading.Condition] = {}  # of each request somebody waits for: rung for nobody else
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # for the engine's thread: there is something to do
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -74,6 +76,8 @@ class EngineLoop:
         with self._changed:
             self._inbox.pop(request, None)
             self._open.discard(request)
+            self._ring([request])
+            self._bells.pop(request, None)
             self._commands.append(lambda: self.engine.cancel(request))
             self._changed.notify_all()
 
@@ -83,14 +87,17 @@ class EngineLoop:
         """Events of `requests` as they come, until all are finished or cancelled. One may be extended when its finish
         is seen. Raises ModelError if the engine failed on one of them."""
         wanted = list(requests)
+        bell = threading.Condition(self._lock)
         while True:
-            with self._changed:
+            with self._lock:
                 while not any(self._inbox.get(r) for r in wanted):
                     if not any(r in self._open for r in wanted):
                         for r in wanted:
                             self._inbox.pop(r, None)
+                            self._bells.pop(r, None)
                         return
-                    self._changed.wait()
+                    self._bells.update(dict.fromkeys(wanted, bell))
+                    bell.wait()
                 boxes = [box for r in wanted if (box := self._inbox.get(r))]
                 found = [box.popleft() for box in boxes for _ in range(len(box))]
             for event in found:
@@ -129,6 +136,18 @@ class EngineLoop:
     def busy(self) -> int:
         """How many requests have tokens to come."""
         return len(self._open)
+
+    @property
+    def load(self) -> dict[str, int]:
+        """How much there is to do and how full the cache is, for whoever watches."""
+        schedule, blocks = self.engine._schedule, self.engine._blocks
+        full = {"blocks": blocks.count, "blocks_free": blocks.available}
+        return {"open": self.busy, "waiting": len(schedule.waiting), "preempted": schedule.preempted, **full}
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
 
     def _open_for(self, request: int, command: Callable[[], object]) -> None:
         with self._changed:
@@ -176,7 +195,7 @@ class EngineLoop:
                     self._open.discard(event.request)
                 if event.request in self._inbox:
                     self._inbox[event.request].append(event)
-            self._changed.notify_all()
+            self._ring([event.request for event in events])
 
     def _abandon(self, error: ModelError) -> None:
         with self._changed:
@@ -191,7 +210,12 @@ class EngineLoop:
                 self._open.discard(request)
                 if request in self._inbox:
                     self._inbox[request].append(error)
-            self._changed.notify_all()
+            self._ring(requests)
+
+    def _ring(self, requests: Iterable[int]) -> None:
+        """Wake whoever waits for one of these; a crowd that is woken for every token of each costs more than a step."""
+        for bell in {id(found): found for r in requests if (found := self._bells.get(r)) is not None}.values():
+            bell.notify_all()
 
 
 def _do(work: Callable[[], Any], future: Future[Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,13 +31,38 @@ class Assistant(Protocol):
         """The conversation without its oldest turns where it is too long, and how many messages were dropped."""
 
     def stream(
-        self, conversation: Conversation, params: SamplingParams, stopped: threading.Event
+        self, conversation: Conversation, params: SamplingParams, stopped: threading.Event, tenant: str = ""
     ) -> Iterator[Streamed]:
-        """Events of one answer. Raises Stopped at the next token once `stopped` is set."""
+        """Events of one answer. Raises Stopped at the next token once `stopped` is set. What is kept of the prompt
+        for later is never used for another `tenant`."""
 
 
 class Stopped(Exception):
     """Somebody has asked the answer to end; raised by an assistant's stream."""
+
+
+class Stop(threading.Event):
+    """Set when an answer is to end; what was given to `then` is called at once in the thread that sets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], object]] = []
+
+    def then(self, callback: Callable[[], object]) -> None:
+        """Call `callback` when this is set, or now if it is."""
+        with self._lock:
+            if not self.is_set():
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def set(self) -> None:
+        with self._lock:
+            super().set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
 
 
 @dataclass(frozen=True)
@@ -62,12 +87,14 @@ class Answer:
 def answer(
     assistant: Assistant, conversation: Conversation, params: SamplingParams, stopped: threading.Event
 ) -> Iterator[Streamed | Answer]:
-    """The events of one answer, and last of all the Answer. Setting `stopped` ends it at the next token.
+    """The events of one answer, and last of all the Answer. Setting `stopped` ends it at the next token."""
+    return gathered(assistant.stream(conversation, params, stopped), stopped)
 
-    What the assistant raises is in the Answer, beside what was written until then.
-    """
+
+def gathered(events: Iterator[Streamed], stopped: threading.Event) -> Iterator[Streamed | Answer]:
+    """The events of one answer, and last of all the Answer. What the assistant raises is in the Answer, beside what
+    was written until then."""
     written = _Transcript()
-    events = assistant.stream(conversation, params, stopped)
     result: Answer | None = None
     try:
         for event in events:

@@ -1,13 +1,18 @@
 """The door: which requests get in, and what every response says to the browser.
 
 Owns the allow-list of hosts (against DNS rebinding), the origin check (against other sites' pages), the content type,
-the size of bodies, the security headers, and that an error never shows more than a sentence. Knows no route.
+the size of bodies, the security headers, the id of a request, and that an error never shows more than a sentence. Who
+a request comes from is `access`'s to say. Knows no route.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import logging
+import math
+import re
 import secrets
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -17,11 +22,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stateofgpt.data.feedback import FeedbackConflict, FeedbackRefused, UnknownMessage
 from stateofgpt.errors import FeedbackError, ServeError, StateOfGptError
-from stateofgpt.serve.protocol import MAX_BODY_BYTES, ApiError, error_body
+from stateofgpt.serve.access import Access
+from stateofgpt.serve.fields import MAX_BODY_BYTES, ApiError
+from stateofgpt.serve.protocol import error_body
+from stateofgpt.serve.shelf import UnknownModel
 
 log = logging.getLogger("stateofgpt.serve")
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANY_ADDRESS = "*"  # among the hosts: any address in digits, which no rebinding can be about
+_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
@@ -43,45 +53,72 @@ def hostname(host: str) -> str:
     return host.partition(":")[0].lower()
 
 
-class Guard:
-    """ASGI middleware: refuses foreign hosts and origins, and adds the security headers to every response."""
+def host_known(host: str, hosts: tuple[str, ...]) -> bool:
+    """Whether a server that goes by `hosts` is the one that is meant."""
+    name = hostname(host)
+    if name in hosts:
+        return True
+    try:
+        return ANY_ADDRESS in hosts and bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
-    def __init__(self, app: ASGIApp, hosts: tuple[str, ...] = LOOPBACK) -> None:
-        self.app, self.hosts = app, hosts
+
+class Guard:
+    """ASGI middleware: refuses foreign hosts and origins and unknown keys, and adds the security headers to every
+    response. Who a request comes from is in its scope as "sog.who"; `seen` is told of its route and status."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: tuple[str, ...] = LOOPBACK,
+        access: Access | None = None,
+        seen: Callable[[Scope, int], None] | None = None,
+    ) -> None:
+        self.app, self.hosts, self.access, self.seen = app, hosts, access or Access(), seen
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
-        started = False
+        status = 0
+        given = Headers(scope=scope)
+        asked = given.get("x-request-id", "")
+        id = asked if _ID.fullmatch(asked) else secrets.token_hex(8)
 
         async def send_guarded(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = id
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
-        refusal = self._refusal(scope["method"], Headers(scope=scope))
-        if refusal is not None:
-            await refuse(refusal)(scope, receive, send_guarded)
-            return
         try:
+            refusal = self._refusal(scope["method"], given)
+            if refusal is not None:
+                raise refusal
+            address = (scope.get("client") or ("", 0))[0]
+            scope["sog.who"] = self.access.admit(scope["path"], given.get("authorization", ""), address)
             await self.app(scope, receive, send_guarded)
         except ClientDisconnect:
             return
         except Exception as error:
             response = refuse(error)
-            if not started:
+            if not status:
                 await response(scope, receive, send_guarded)
+        finally:
+            if self.seen is not None:
+                self.seen(scope, status)
 
     def _refusal(self, method: str, headers: Headers) -> ApiError | None:
         host = headers.get("host", "")
-        if hostname(host) not in self.hosts:
-            return ApiError(421, "this server answers to its loopback address only: open http://127.0.0.1 and its port")
+        if not host_known(host, self.hosts):
+            here = "open http://127.0.0.1 and its port, or start it with --name"
+            return ApiError(421, f"this server does not go by that name: {here}")
         if method in ("GET", "HEAD"):
             return None
         origin = headers.get("origin")
@@ -117,7 +154,12 @@ def refuse(error: Exception) -> JSONResponse:
     """Any error as a response: one sentence, and for a bug of ours only the id under which the log has it."""
     headers: dict[str, str] = {}
     if isinstance(error, ApiError):
-        return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status)
+        if error.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        if error.retry_after_s is not None:
+            headers["retry-after"] = str(math.ceil(error.retry_after_s))
+            headers["retry-after-ms"] = str(math.ceil(error.retry_after_s * 1000))
+        return JSONResponse(error_body(str(error), error.status, error.param, error.code), error.status, headers)
     if isinstance(error, HTTPException):
         words = {404: "there is nothing at this address", 405: "this address does not take this method"}
         message = words.get(error.status_code, str(error.detail))
@@ -125,7 +167,9 @@ def refuse(error: Exception) -> JSONResponse:
     if isinstance(error, StateOfGptError):
         kinds = ((UnknownMessage, 404), (FeedbackConflict, 409), (FeedbackRefused, 400), (FeedbackError, 503))
         status = next((status for kind, status in kinds if isinstance(error, kind)), 400)
-        if isinstance(error, ServeError):
+        if isinstance(error, UnknownModel):
+            status = 404
+        elif isinstance(error, ServeError):
             status = 503
         if status == 503:
             headers["retry-after"] = "2"

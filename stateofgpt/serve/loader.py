@@ -6,29 +6,39 @@ for the model, and the names of the stages it went through. Knows nothing of HTT
 
 from __future__ import annotations
 
+import codecs
+import math
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from stateofgpt.assistant.session import Session, Streamed
+from stateofgpt.assistant.offer import Caller, Offer, told
+from stateofgpt.assistant.session import Done, Session, Streamed, TextDelta, Turn
 from stateofgpt.assistant.tools import Toolbox
-from stateofgpt.errors import ModelError, StateOfGptError
+from stateofgpt.errors import CheckpointError, ModelError, StateOfGptError
 from stateofgpt.infer.engine import Engine, Event
-from stateofgpt.infer.guide import Guides
+from stateofgpt.infer.grammar import library
+from stateofgpt.infer.guide import Constraint, Guides
 from stateofgpt.infer.loop import EngineLoop
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.model.checkpoint import Lineage, load_model, read_lineage
 from stateofgpt.run import resolve_model
-from stateofgpt.serve.answering import Stopped
-from stateofgpt.text.chat import ChatFormat, Conversation
+from stateofgpt.serve.answering import Stop, Stopped
+from stateofgpt.text.chat import ChatFormat, Conversation, Message
 from stateofgpt.text.tokenizer import Tokenizer
 
 TOKENS_PER_MESSAGE = 4  # a message takes at least so many, so more than context / 4 messages never fit
 STEP_TOKENS = 256  # of prompts, read between two tokens of the answers that are being written
 MIN_ANSWER_TOKENS = 16  # room that must be left
+MOST_ROWS = 64  # answers that are written in one batch
 SIDE_BRANCHES = frozenset({"reward"})  # parents that judged, and wrote none of the weights
+
+
+class ContextTooLong(ModelError):
+    """What was sent does not fit the model's context."""
 
 
 def load_assistant(model_dir: Path, *, max_batch: int = 8) -> LoadedAssistant:
@@ -41,25 +51,37 @@ def load_assistant(model_dir: Path, *, max_batch: int = 8) -> LoadedAssistant:
     tokenizer = Tokenizer.load(model_dir)
     engine = Engine(
         load_model(model_dir).eval(),
-        max_batch=max_batch,
+        max_batch=min(max_batch, MOST_ROWS),
         native=True,
         prefixes=True,
         step_tokens=STEP_TOKENS,
-        guides=Guides(tokenizer),
+        guides=_guides(tokenizer),
     )
     chat = ChatFormat(tokenizer)
     for note in chat.notes:
         print(f"note: {note}", file=sys.stderr)
-    return LoadedAssistant(EngineLoop(engine), chat, lineage.name, stages_of(model_dir, lineage))
+    about = About(lineage.name, stages_of(model_dir, lineage), lineage.id)
+    return LoadedAssistant(EngineLoop(engine), chat, about)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a model is called, the stages it went through, and the id of its checkpoint, which is of its content."""
+
+    name: str
+    lineage: tuple[str, ...]
+    id: str
 
 
 class LoadedAssistant:
     """One model, its tools, and one engine that writes all answers; safe to use from many threads."""
 
-    def __init__(self, loop: EngineLoop, chat: ChatFormat, name: str, lineage: tuple[str, ...]) -> None:
-        self._loop, self._chat = loop, chat
+    def __init__(self, loop: EngineLoop, chat: ChatFormat, about: About) -> None:
+        self._loop, self.chat, self.tokenizer = loop, chat, chat.tokenizer
         self._tools = Toolbox()
-        self.name, self.lineage = name, lineage
+        self.name, self.lineage, self.id = about.name, about.lineage, about.id
+        self.max_context, self.constrained = loop.max_context, loop.engine.guides is not None
+        self.vocab_size = loop.engine.model.config.vocab_size
 
     def __enter__(self) -> Self:
         return self
@@ -70,39 +92,169 @@ class LoadedAssistant:
     def close(self) -> None:
         self._loop.close()
 
+    # -- talking -------------------------------------------------------------------------------------------------
+
     def stream(
-        self, conversation: Conversation, params: SamplingParams, stopped: threading.Event
+        self, conversation: Conversation, params: SamplingParams, stopped: threading.Event, tenant: str = ""
     ) -> Iterator[Streamed]:
-        """Events of one answer. Raises Stopped at the next token once `stopped` is set; its row is free at once."""
-        return Session(_Stoppable(self._loop, stopped), self._chat, self._tools).stream(conversation, params)
+        """Events of one answer to the conversation as it is (see `fit` and `prompt`). Raises Stopped once `stopped` is
+        set; its row is free at once.
+
+        What was read for one `tenant` is never found again for another.
+        """
+        engine = _Stoppable(self._loop, stopped, tenant)
+        tools = None if params.constraint else self._tools
+        return Session(engine, self.chat, tools).stream(conversation, params, whole=True)
+
+    def offered(
+        self,
+        conversation: Conversation,
+        params: SamplingParams,
+        offer: Offer,
+        stopped: threading.Event,
+        tenant: str = "",
+    ) -> Iterator[Streamed]:
+        """As `stream`, with the client's tools in place of the assistant's own."""
+        engine = _Stoppable(self._loop, stopped, tenant)
+        if not offer.open:
+            mark = self.tokenizer.tool_open
+            if mark is not None and not params.constraint:
+                params = replace(params, logit_bias=(*params.logit_bias, (mark, -100.0)))
+            return Session(engine, self.chat).stream(conversation, params, whole=True)
+        return Caller(engine, self.chat, constrained=self.constrained).stream(conversation, params, offer)
 
     def fit(self, conversation: Conversation, max_tokens: int) -> tuple[Conversation, int]:
         """The newest exchanges that leave room for an answer, and how many messages were dropped.
 
         ModelError when what was said last is too long alone.
         """
-        newest = conversation[-(self._loop.max_context // TOKENS_PER_MESSAGE) :]
-        fitted = Session(self._loop, self._chat).fit(newest)
-        tokens = len(self._chat.render(fitted, add_generation_prompt=True).ids)
-        room = self._loop.max_context - min(max_tokens, MIN_ANSWER_TOKENS)
+        newest = conversation[-(self.max_context // TOKENS_PER_MESSAGE) :]
+        fitted = Session(self._loop, self.chat).fit(newest)
+        tokens = len(self.chat.render(fitted, add_generation_prompt=True).ids)
+        room = self.max_context - min(max_tokens, MIN_ANSWER_TOKENS)
         if tokens > room:
             raise ModelError(f"the message has {tokens} tokens, and this model can read {room}: shorten it")
         return fitted, len(conversation) - len(fitted)
+
+    def prompt(self, conversation: Conversation, offer: Offer | None = None) -> list[int]:
+        """The ids that an answer follows; ContextTooLong where they leave no room for one."""
+        if len(conversation) > self.max_context // TOKENS_PER_MESSAGE + 1:
+            raise ContextTooLong(f"{len(conversation)} messages are more than a context of {self.max_context} can hold")
+        said = told(conversation, offer) if offer else conversation
+        return self.check(self.chat.render(said, add_generation_prompt=True).ids)
+
+    # -- text ----------------------------------------------------------------------------------------------------
+
+    def check(self, ids: list[int], room: int = 1) -> list[int]:
+        """`ids`, if this model can read them and then write `room` more; ContextTooLong or ModelError if not."""
+        if len(ids) + room > self.max_context:
+            raise ContextTooLong(
+                f"this model's context holds {self.max_context} tokens, and the request has {len(ids)}: shorten it"
+            )
+        if not ids:
+            raise ModelError("there is no token to go on from: send at least one")
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ModelError(f"a token id is outside of 0 to {self.vocab_size - 1}: was it made by another tokenizer?")
+        return ids
+
+    def continued(
+        self, ids: Sequence[int], params: SamplingParams, stopped: threading.Event, tenant: str = ""
+    ) -> Iterator[Streamed]:
+        """The text that follows `ids`, and last of all Done."""
+        engine = _Stoppable(self._loop, stopped, tenant)
+        params = replace(params, stop_ids=tuple(dict.fromkeys((*params.stop_ids, *self.tokenizer.stops))))
+        request = engine.add(ids, params)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        waiting: list[Event] = []
+        drawn: list[Event] = []
+        try:
+            for event in engine.events([request]):
+                drawn.append(event)
+                ends = event.token in params.stop_ids
+                if not ends:
+                    waiting.append(event)
+                last = event.finish is not None
+                data = b"" if ends else self.tokenizer.decode_bytes([event.token], inner=True)
+                if text := decoder.decode(data, final=last):
+                    yield TextDelta(text, tuple(waiting))
+                    waiting = []
+            finish = drawn[-1].finish if drawn else None
+            ids_drawn = [event.token for event in drawn]
+            probabilities = [event.logprob for event in drawn]
+            yield Done(Turn((), list(ids), ids_drawn, [1] * len(drawn), probabilities, finish or "length"))
+        finally:
+            engine.cancel(request)
+
+    def scored(self, ids: Sequence[int], top: int) -> list[Event]:
+        """Every token after the first as if it had been drawn, with its `top` alternatives."""
+        found = self._loop.score([ids], max(top, 1))[0]
+        return [Event(0, ids[i + 1], one.logprob, None, one.top[:top]) for i, one in enumerate(found)]
+
+    def embedded(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """A vector of length 1 for each sequence."""
+        return self._loop.embed(sequences)
+
+    def compile(self, constraint: Constraint) -> None:
+        """ConfigError or ModelError where the engine cannot be held to `constraint`."""
+        if not self.constrained:
+            raise ModelError(
+                "this server cannot constrain answers to a schema: install the extra `constrained` and start it again"
+            )
+        self._loop.engine.guide(SamplingParams(constraint=constraint))
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._loop.alive
+
+    def load(self) -> dict[str, float]:
+        """What the engine is doing now."""
+        return {what: float(count) for what, count in self._loop.load.items()}
+
+    def smoke_test(self) -> None:
+        """CheckpointError where the model does not write at all, or writes what is no probability."""
+        conversation = (Message("user", "Hello"),)
+        stopped = threading.Event()
+        for event in self.offered(conversation, SamplingParams(max_tokens=4, temperature=0.0), Offer(), stopped):
+            if isinstance(event, Done):
+                turn = event.turn
+                if turn.ids and all(math.isfinite(one) and one <= 1e-3 for one in turn.logprobs):
+                    return
+        raise CheckpointError(f"{self.name} does not write: its probabilities are not finite")
 
 
 class _Stoppable:
     """The engine's loop as one answer sees it: its events end with Stopped when the answer is to end."""
 
-    def __init__(self, loop: EngineLoop, stopped: threading.Event) -> None:
-        self._loop, self._stopped = loop, stopped
+    def __init__(self, loop: EngineLoop, stopped: threading.Event, tenant: str = "") -> None:
+        self._loop, self._stopped, self._tenant = loop, stopped, tenant
         self.max_context = loop.max_context
-        self.add, self.extend, self.cancel = loop.add, loop.extend, loop.cancel
+        self.extend, self.cancel = loop.extend, loop.cancel
+
+    def add(self, prompt: Sequence[int], params: SamplingParams, *, hold: bool = False) -> int:
+        if self._stopped.is_set():
+            raise Stopped
+        request = self._loop.add(prompt, params, hold=hold, tenant=self._tenant)
+        if isinstance(self._stopped, Stop):  # nobody waits for the next token of an answer that is to end
+            self._stopped.then(lambda: self._loop.cancel(request))
+        return request
 
     def events(self, requests: Iterable[int]) -> Iterator[Event]:
         for event in self._loop.events(requests):
             if self._stopped.is_set():
                 raise Stopped
             yield event
+        if self._stopped.is_set():
+            raise Stopped
+
+
+def _guides(tokenizer: Tokenizer) -> Guides | None:
+    """What constrains answers; None where the package for it is not installed."""
+    try:
+        library()
+    except ModelError:
+        return None
+    return Guides(tokenizer)
 
 
 def stages_of(model_dir: Path, lineage: Lineage) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Answers being written in threads of their own, read from the event loop.
 
-Owns the bound on how many there are, stopping one by its id, and the way from a thread to the loop. Knows nothing of
-what an answer is.
+Owns the bound on how many there are, stopping one by its id, the way from a thread to the loop, and that an answer ends
+when its reader leaves. Knows nothing of what an answer is.
 """
 
 from __future__ import annotations
@@ -9,11 +9,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
 from stateofgpt.errors import ServeError
+from stateofgpt.serve.answering import Stop
 
 T = TypeVar("T")
 
@@ -24,22 +29,28 @@ class Running:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._stops: dict[str, threading.Event] = {}
+        self._stops: dict[str, Stop] = {}
+        self._weights: dict[str, int] = {}
+        self.draining = False  # no answer is begun any more
 
     def __len__(self) -> int:
-        return len(self._stops)
+        return sum(self._weights.values())
 
-    def begin(self) -> tuple[str, threading.Event]:
+    def begin(self, answers: int = 1) -> tuple[str, Stop]:
+        """A place for so many answers to one request; ServeError where there is none."""
         with self._lock:
-            if len(self._stops) >= self._limit:
-                raise ServeError(f"{self._limit} answers are being written already: try again in a moment")
-            id, stop = uuid.uuid4().hex, threading.Event()
-            self._stops[id] = stop
+            if self.draining:
+                raise ServeError("the server is stopping: try again in a moment")
+            if len(self) + answers > self._limit:
+                raise ServeError(f"{self._limit} answers can be written at once: try again in a moment")
+            id, stop = uuid.uuid4().hex, Stop()
+            self._stops[id], self._weights[id] = stop, answers
             return id, stop
 
     def end(self, id: str) -> None:
         with self._lock:
             self._stops.pop(id, None)
+            self._weights.pop(id, None)
 
     def stop(self, id: str) -> bool:
         """Ask one answer to end; False when it has ended already."""
@@ -51,37 +62,45 @@ class Running:
 
     def stop_all(self) -> None:
         with self._lock:
-            for stop in self._stops.values():
-                stop.set()
+            stops = list(self._stops.values())
+        for stop in stops:
+            stop.set()
 
 
 class Pieces(Generic[T]):
-    """An iterator run in a thread from now on, whether it is read or not; to be read once, from the event loop.
+    """Iterators run in threads of their own from now on, whether they are read or not; to be read once, from the
+    event loop, as (which of them, piece) in the order of coming.
 
-    `ended` is called in the thread when the iterator is through, however. What it raised is raised to the reader.
+    `ended` is called once, in a thread, when all are through, however. What one raised is raised to the reader.
     """
 
-    def __init__(self, pieces: Iterator[T], ended: Callable[[], None]) -> None:
-        self._pieces, self._ended = pieces, ended
+    def __init__(self, sources: Sequence[Iterator[T]], ended: Callable[[], None]) -> None:
+        self._ended, self._left = ended, len(sources)
+        self._lock = threading.Lock()
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[_Piece[T] | None] = asyncio.Queue()  # bounded by the tokens of one answer
-        threading.Thread(target=self._work, daemon=True, name="answer").start()
+        self._queue: asyncio.Queue[_Piece[T] | None] = asyncio.Queue()  # bounded by the tokens of the answers
+        for index, source in enumerate(sources):
+            threading.Thread(target=self._work, args=(index, source), daemon=True, name="answer").start()
 
-    async def __aiter__(self) -> AsyncIterator[T]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, T]]:
         while (piece := await self._queue.get()) is not None:
             if piece.error is not None:
                 raise piece.error
-            yield piece.value
+            yield piece.index, piece.value
 
-    def _work(self) -> None:
+    def _work(self, index: int, source: Iterator[T]) -> None:
         try:
-            for value in self._pieces:
-                self._post(_Piece(value))
+            for value in source:
+                self._post(_Piece(index, value))
         except Exception as error:
-            self._post(_Piece(None, error))  # type: ignore[arg-type]
+            self._post(_Piece(index, None, error))  # type: ignore[arg-type]
         finally:
-            self._ended()
-            self._post(None)
+            with self._lock:
+                self._left -= 1
+                last = self._left == 0
+            if last:
+                self._ended()
+                self._post(None)
 
     def _post(self, piece: _Piece[T] | None) -> None:
         try:
@@ -92,5 +111,28 @@ class Pieces(Generic[T]):
 
 @dataclass(frozen=True)
 class _Piece(Generic[T]):
+    index: int
     value: T
     error: Exception | None = None
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. `stop` is set when they have been sent, or cannot be, even if none was asked for."""
+
+    def __init__(self, frames: AsyncIterator[bytes], stop: Stop) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(frames, media_type="text/event-stream", headers=headers)
+        self._stop = stop
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._stop.set()
+
+
+async def until_gone(request: Request, stop: Stop) -> None:
+    """Set `stop` when the client of a request, whose body has been read, goes away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    stop.set()

@@ -90,6 +90,11 @@ class Speech:
         self._held = ""  # text that may yet turn out to be a mark
         self._lead = reader.lead
 
+    @property
+    def calling(self) -> bool:
+        """Whether a tool call has begun and not ended."""
+        return self._calling
+
     def hear(self, token: int) -> str:
         """The text that can be shown now."""
         if self._reader.marked:

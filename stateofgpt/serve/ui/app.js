@@ -41,12 +41,28 @@ function icon(name) {
 
 // -- the server ------------------------------------------------------------------------------------------------------
 
+// Only a server that was started with keys asks for one; it is forgotten with the tab.
+function headers() {
+  const key = sessionStorage.getItem("key");
+  return { "content-type": "application/json", ...(key ? { authorization: "Bearer " + key } : {}) };
+}
+
+let asking = null; // one question for a key, however many requests need it
+function askForKey() {
+  asking ??= Promise.resolve(prompt("This server asks for an API key.")).then((key) => {
+    if (key) sessionStorage.setItem("key", key.trim());
+    setTimeout(() => { asking = null; }, 1000);
+    return Boolean(key);
+  });
+  return asking;
+}
+
 async function call(path, body, signal) {
-  const options = body === undefined ? {} : {
-    method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body), signal,
-  };
+  const options = { headers: headers() };
+  if (body !== undefined) Object.assign(options, { method: "POST", body: JSON.stringify(body), signal });
   const response = await fetch(path, options);
   if (response.ok) return response;
+  if (response.status === 401 && (await askForKey())) return call(path, body, signal);
   let message = response.statusText;
   try { message = (await response.json()).error.message; } catch { /* no JSON: the status line has to do */ }
   throw Object.assign(new Error(message), { status: response.status });

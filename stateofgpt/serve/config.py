@@ -1,0 +1,28 @@
+"""How to serve: where, for how many, and how long a client is waited for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """The address, how answers are sampled unless a request says otherwise, and limits; times in seconds.
+
+    `names` are further host names the server goes by; "*" any address in digits.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    names: tuple[str, ...] = ()
+    temperature: float = 0.7
+    max_tokens: int = 512
+    seed: int = 0
+    max_answers: int = 64  # being written, or waiting to be
+    max_connections: int = 1024
+    max_per_address: int = 64  # connections, loopback aside
+    header_s: float = 10.0
+    body_s: float = 30.0
+    write_s: float = 30.0
+    keep_alive_s: int = 10
+    drain_s: float = 20.0  # for answers to finish after SIGTERM

@@ -1,0 +1,157 @@
+"""The server as a process: its socket, its models, its signals, and how it ends.
+
+Owns: where it may listen, how many connections the machine allows it, that SIGUSR1 reads the models' folders again, and
+that SIGTERM lets answers finish before it leaves. Knows no route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+
+from stateofgpt.data.feedback import FeedbackStore
+from stateofgpt.errors import ServeError, StateOfGptError
+from stateofgpt.serve.access import Access
+from stateofgpt.serve.app import create_app
+from stateofgpt.serve.config import Config
+from stateofgpt.serve.connection import MAX_HEADER_BYTES, Patience, protocol_class
+from stateofgpt.serve.guard import LOOPBACK
+from stateofgpt.serve.keys import KeyRing
+from stateofgpt.serve.metrics import Metrics
+from stateofgpt.serve.shelf import Shelf
+from stateofgpt.serve.streams import Running
+
+SPARE_FILES = 128  # descriptors that are not connections
+
+
+def serve(
+    model_dirs: Sequence[Path] | Path, feedback: Path | str, config: Config | None = None, keys: Path | None = None
+) -> None:
+    """Serve model folders until Ctrl-C, the first one on the page. Raises ServeError when the address or the keys
+    cannot be used, before loading anything."""
+    config = config or Config()
+    folders = [model_dirs] if isinstance(model_dirs, Path) else list(model_dirs)
+    ring = None if keys is None else KeyRing(keys)
+    listener = listen(config.host, config.port, anywhere=ring is not None)
+    with listener, FeedbackStore(feedback, exclusive=True) as store:
+        from stateofgpt.serve.loader import load_assistant
+
+        shelf = Shelf.open(folders, functools.partial(load_assistant, max_batch=config.max_answers))
+        try:
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            names = ", ".join(shelf.models)
+            answer = "answer" if len(shelf.models) > 1 else "answers"
+            address = f"http://{host}:{listener.getsockname()[1]}"
+            print(f"{names} {answer} at {address} (Ctrl-C ends it)", flush=True)
+            print(f"feedback is kept in {store.name}", flush=True)
+            run_server(create_app(shelf, store, config, Access(ring)), listener, config)
+        finally:
+            shelf.close()
+
+
+def listen(host: str, port: int, *, anywhere: bool = False) -> socket.socket:
+    """A listening socket on loopback, or `anywhere`; a ServeError says why there is none."""
+    if host not in LOOPBACK and not anywhere:
+        raise ServeError(
+            f"{host!r} is not this machine's loopback address, and the server asks for no keys: use 127.0.0.1 and a "
+            "tunnel such as `ssh -L`, or give it keys with --keys"
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ServeError(f"cannot listen on {host} port {port} ({reason}): choose another with --port") from error
+    return listener
+
+
+def run_server(app: Starlette, listener: socket.socket, config: Config) -> None:
+    """Run `app` on a listening socket until a signal ends it."""
+    logging.getLogger("asyncio").addFilter(_worth_telling)
+    try:
+        server(app, config).run(sockets=[listener])
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """asyncio warns when several frames go to a client that has just left, which is no news."""
+    return record.getMessage() != "socket.send() raised exception."
+
+
+def server(app: Starlette, config: Config) -> Server:
+    """A server that has not begun."""
+    metrics: Metrics = app.state.metrics
+    patience = Patience(
+        config.header_s, config.body_s, config.write_s, room_for(config.max_connections), config.max_per_address,
+        refused=metrics.refused.inc, cut=lambda why: metrics.cut.labels(why).inc(), changed=metrics.connections.set,
+    )  # fmt: skip
+    settings = uvicorn.Config(
+        app, http=protocol_class(patience), ws="none", log_level="warning", access_log=False, server_header=False,
+        timeout_keep_alive=config.keep_alive_s, timeout_graceful_shutdown=int(config.drain_s) + 3, backlog=1024,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+    )  # fmt: skip
+    return Server(settings, app.state.running, app.state.shelf, config.drain_s)
+
+
+def room_for(connections: int) -> int:
+    """How many connections there may be: as asked, as far as the system gives descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        except (OSError, ValueError):
+            pass
+    room = connections if soft == resource.RLIM_INFINITY else min(connections, soft - SPARE_FILES)
+    return max(8, room)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which lets answers finish for a while, and exchanges models at SIGUSR1."""
+
+    def __init__(self, settings: uvicorn.Config, running: Running, shelf: Shelf, drain_s: float) -> None:
+        super().__init__(settings)
+        self._running, self._shelf, self._drain_s = running, shelf, drain_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGUSR1"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._reload)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._running.draining = True
+        ending = asyncio.get_running_loop().call_later(self._drain_s, self._running.stop_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+            self._running.stop_all()
+
+    def _reload(self) -> None:
+        threading.Thread(target=self._reload_all, name="reload", daemon=True).start()
+
+    def _reload_all(self) -> None:
+        for name in self._shelf.models:
+            try:
+                told = self._shelf.reload(name)
+                print(f"{name} was read again: checkpoint {told['now']}, before {told['before']}", flush=True)
+            except StateOfGptError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
