@@ -194,3 +194,12 @@ def test_by_time_iterations_are_measured_and_the_measuring_leaves_no_trace(rewar
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         replace(SMALL, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_recipe_without_a_reward_stage_says_at_once_what_it_needs() -> None:
+    stages = {"stages": "collect,tokenize,pretrain,sft,rl"}
+    for more, said in (({}, "--rl.reward verified"), ({"rl.algorithm": "ipo"}, "--rl.rankings")):
+        with pytest.raises(ConfigError, match=said):
+            load("debug", minutes=None, seed=0, corpus=(), overrides={**stages, **more})
+    for more in ({"rl.reward": "verified"}, {"rl.algorithm": "kto", "rl.rankings": "x.jsonl"}):
+        load("debug", minutes=None, seed=0, corpus=(), overrides={**stages, **more})

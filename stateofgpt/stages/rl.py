@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stateofgpt.assistant.session import Session, Turn
 from stateofgpt.assistant.tools import Toolbox
-from stateofgpt.data.comparisons import Ranking, read_rankings
+from stateofgpt.data.comparisons import Ranking
 from stateofgpt.data.prompts import PromptConfig
 from stateofgpt.data.skills import Problem
 from stateofgpt.data.tasks import tasks_of
@@ -127,17 +127,6 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         return PolicyTraining(
             config, run, stage, run.stage("sft").checkpoint, reward, way, mean, std, rankings=rankings, apart=apart
         ).work()
-
-
-def check(config: Config, seed: int, *, rewarded: bool) -> None:
-    """Read the user's files and settings before anything is trained; `rewarded`: whether there is a reward stage."""
-    tasks_of(config.tasks, seed, config.prompts)
-    if config.rankings is not None:
-        read_rankings(config.rankings)
-    if not rewarded and config.chosen in OFFLINE and config.rankings is None:
-        raise ConfigError(f"{config.chosen} learns from rankings: add the reward stage, or give --rl.rankings FILE")
-    if not rewarded and config.chosen not in OFFLINE and config.reward != "verified":
-        raise ConfigError("without a reward stage the rl stage needs --rl.reward verified")
 
 
 class PolicyTraining:
