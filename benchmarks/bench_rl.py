@@ -137,7 +137,9 @@ class Ours:
 
 def theirs(folder: Path, options: argparse.Namespace, updates: int) -> Sides:
     """The same by trl's GRPOTrainer, between the ends of its first and its last step."""
+    import pyarrow
     from datasets import Dataset
+    from datasets.table import InMemoryTable
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
@@ -157,6 +159,8 @@ def theirs(folder: Path, options: argparse.Namespace, updates: int) -> Sides:
         {"prompt": [{"role": "user", "content": question(i)[0].content}]}
         for i in range((updates + 1) * options.prompts)
     ]
+    # with a fingerprint, so that none is made: datasets 5.2 cannot make one of a table of pyarrow 26
+    rows = Dataset(InMemoryTable(pyarrow.Table.from_pylist(asked)), fingerprint="questions")
     with tempfile.TemporaryDirectory() as out:
         args = GRPOConfig(
             output_dir=out,
@@ -185,7 +189,7 @@ def theirs(folder: Path, options: argparse.Namespace, updates: int) -> Sides:
         clock = Clock()
         clock.ends = []
         trainer = GRPOTrainer(
-            model, reward, args, Dataset.from_list(asked), processing_class=AutoTokenizer.from_pretrained(folder),
+            model, reward, args, rows, processing_class=AutoTokenizer.from_pretrained(folder),
             callbacks=[clock],
         )  # fmt: skip
         drawing: list[float] = []

@@ -45,6 +45,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def every_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of a few steps does not end its turns, and equal scores of all answers teach nothing."""
+    monkeypatch.setattr("stateofgpt.rl.scoring.ended", lambda turn, end_id: True)
+
+
 @pytest.fixture(scope="module")
 def rewarded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run up to its reward stage."""
@@ -74,7 +80,7 @@ class Killed(Exception):
 def test_killed_inside_an_iteration_it_ends_with_the_same_weights(
     algorithm: rl.Algorithm, rewarded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(SMALL, algorithm=algorithm, ppo=UpdateConfig(kl_target=0.5))
+    config = replace(SMALL, algorithm=algorithm, iterations=2, ppo=UpdateConfig(kl_target=0.5))
     whole, torn = copied(rewarded, tmp_path / "whole"), copied(rewarded, tmp_path / "torn")
     told = learn(whole, config)
     assert told["algorithm"] == algorithm and told["n"] == 6 and not told["stopped"]
@@ -92,7 +98,7 @@ def test_killed_inside_an_iteration_it_ends_with_the_same_weights(
     monkeypatch.setattr(Trainer, "step", failing)
     with pytest.raises(Killed):
         learn(torn, config)
-    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "step", step)
     learn(torn, config)
     assert weights(torn, "rl") == weights(whole, "rl")
     assert records(torn / "rl" / "metrics.jsonl") == records(whole / "rl" / "metrics.jsonl")
@@ -110,7 +116,7 @@ def test_beyond_the_budget_of_kl_it_stops_with_the_policy_before(
     config = replace(SMALL, algorithm=algorithm, max_kl=0.05, iterations=6, ppo=UpdateConfig(policy=fast))
     told = learn(run, config)
     assert "passed the budget" in str(told["stopped"])
-    logged = records(run / "rl" / "metrics.jsonl")
+    logged = [line for line in records(run / "rl" / "metrics.jsonl") if "kl" in line]  # others are the guards' looks
     assert logged[-1]["kl"] > 0.05 and all(line["kl"] <= 0.05 for line in logged[:-1])
     if len(logged) == 2:  # one update, which is what was taken back
         for a, b in zip(
@@ -127,7 +133,8 @@ def test_verified_rewards_need_no_reward_model_and_are_what_is_right(rewarded: P
         told = learn(run, replace(SMALL, algorithm=algorithm, reward="verified"))
         assert told["reward"] == "verified"
         assert [p.name for p in read_lineage(run / "rl" / "checkpoint").parents] == ["debug:sft"]
-        assert all(0 <= line["proxy_reward"] <= 1 for line in records(run / "rl" / "metrics.jsonl"))
+        logged = [line for line in records(run / "rl" / "metrics.jsonl") if "proxy_reward" in line]
+        assert len(logged) == 3 and all(0 <= line["proxy_reward"] <= 1 for line in logged)
     shutil.rmtree(run / "rl")
     with pytest.raises(RunError, match="reward"):
         learn(run, SMALL)
@@ -188,3 +195,12 @@ def test_by_time_iterations_are_measured_and_the_measuring_leaves_no_trace(rewar
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         replace(SMALL, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_recipe_without_a_reward_stage_says_at_once_what_it_needs() -> None:
+    stages = {"stages": "collect,tokenize,pretrain,sft,rl"}
+    for more, said in (({}, "--rl.reward verified"), ({"rl.algorithm": "ipo"}, "--rl.rankings")):
+        with pytest.raises(ConfigError, match=said):
+            load("debug", minutes=None, seed=0, corpus=(), overrides={**stages, **more})
+    for more in ({"rl.reward": "verified"}, {"rl.algorithm": "kto", "rl.rankings": "x.jsonl"}):
+        load("debug", minutes=None, seed=0, corpus=(), overrides={**stages, **more})

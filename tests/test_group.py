@@ -69,7 +69,7 @@ def test_it_finds_what_is_rewarded(algorithm: str) -> None:
     learner = make(algorithm, own=GroupConfig(accept=1.0) if algorithm == "rejection" else None)
     learner.kl_coefficient = 0.0
     before = share_of_good(answers(learner.policy, n=48, seed=999))
-    for i in range(20):
+    for i in range(15):
         experience, watched = learner.experience(answers(learner.policy, n=48, seed=i))
         learner.update(experience, torch.Generator().manual_seed(i), 1.0, watched["kl"])
     assert before < 0.1 and share_of_good(answers(learner.policy, n=48, seed=999)) > 2 * before + 0.1
@@ -81,7 +81,7 @@ def test_the_penalty_holds_it_back(algorithm: str) -> None:
     for strength in (0.0, 3.0):
         learner = make(algorithm, own=GroupConfig(kl_loss=strength))
         learner.kl_coefficient = strength
-        for i in range(12):
+        for i in range(8):
             experience, watched = learner.experience(answers(learner.policy, n=48, seed=i))
             learner.update(experience, torch.Generator().manual_seed(i), 1.0, watched["kl"])
         found.append(learner.look(answers(learner.policy, n=48, seed=99), exact=True).watched["kl"])

@@ -117,6 +117,14 @@ def weights(run: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+def test_a_policy_may_learn_from_the_comparisons_themselves(talked_to: Path) -> None:
+    assert SMALL.rl is not None
+    root = improve(talked_to, minutes=None, seed=0, config=replace(SMALL, rl=replace(SMALL.rl, algorithm="dpo")))
+    assert read_json(root / "rl" / "result.json")["algorithm"] == "dpo"
+    assert weights(root)["rl"] != weights(talked_to)["rl"]
+
+
+@pytest.mark.slow
 def test_what_users_prefer_becomes_the_next_reward_model_and_policy(undisturbed: Path) -> None:
     assert undisturbed.name == "debug-improved-1"
     old = undisturbed.with_name("debug")

@@ -43,7 +43,8 @@ class StandIn:
             sync_gradients=True,
         )  # fmt: skip
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self.model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
+        self.model = torch.nn.Identity()
+        self.model.is_gradient_checkpointing = False  # type: ignore[assignment]
         self.aux_loss_enabled, self._total_train_tokens, self._tp_size = False, 0, 1
         self.__dict__.update(settings)
 

@@ -22,7 +22,7 @@ from stateofgpt.recipes.recipe import Recipe
 from stateofgpt.recipes.summary import write_summary
 from stateofgpt.report.build import build
 from stateofgpt.run import STAGES, Run, Stage
-from stateofgpt.stages import arena, collect, evaluate, parent, reward, rl, sft, sizes, tokenize
+from stateofgpt.stages import algorithms, arena, collect, evaluate, parent, reward, rl, sft, sizes, tokenize
 
 RUNNERS: dict[str, Callable[[Any, Run], dict[str, Any]]] = {
     "collect": collect.run,
@@ -96,7 +96,7 @@ def _check_own_files(recipe: Recipe, run: Run) -> None:
     if "reward" not in done and recipe.reward.rankings is not None:
         read_rankings(recipe.reward.rankings)
     if "rl" not in done:
-        rl.check(recipe.rl, run.seed, rewarded="reward" in recipe.order())
+        algorithms.check_files(recipe.rl.tasks, recipe.rl.rankings, recipe.rl.prompts)
 
 
 def _age_of_process() -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from stateofgpt.config import suggestion
 from stateofgpt.errors import ConfigError
 from stateofgpt.run import STAGES
-from stateofgpt.stages import arena, collect, evaluate, pretrain, reward, rl, sft, tokenize
+from stateofgpt.stages import algorithms, arena, collect, evaluate, pretrain, reward, rl, sft, tokenize
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Recipe:
                 raise ConfigError(f'there is no stage "{name}" to put into a recipe{known}')
         if self.stages is not None and not self.stages:
             raise ConfigError("a recipe needs at least one stage")
+        if "rl" in self.order() and "reward" not in self.order():
+            algorithms.check_unrewarded(self.rl.chosen, self.rl.reward, self.rl.rankings)
 
     def order(self) -> tuple[str, ...]:
         """The recipe's stages, in the pipeline's order."""

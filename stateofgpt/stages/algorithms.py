@@ -13,8 +13,9 @@ import torch
 
 from stateofgpt.data.batches import PretrainBatches
 from stateofgpt.data.comparisons import Ranking, read_rankings
+from stateofgpt.data.prompts import PromptConfig
 from stateofgpt.data.shards import Shards
-from stateofgpt.data.tasks import Tasks
+from stateofgpt.data.tasks import Tasks, tasks_of
 from stateofgpt.errors import ConfigError, RunError
 from stateofgpt.model.checkpoint import load_model, load_reward
 from stateofgpt.model.heads import ValueModel
@@ -41,6 +42,22 @@ def group_of(algorithm: Algorithm, group: int | None) -> int:
             raise ConfigError(f"rl.group is {group}; {algorithm} needs at least {2 if algorithm in COMPARED else 1}")
         return group
     return GROUP if algorithm in COMPARED or algorithm == "rejection" else 1
+
+
+def check_files(tasks: str | None, rankings: str | None, prompts: PromptConfig) -> None:
+    """Read the user's files before anything is trained."""
+    tasks_of(tasks, 0, prompts)
+    if rankings is not None:
+        read_rankings(rankings)
+
+
+def check_unrewarded(algorithm: Algorithm, reward: Reward | None, rankings: str | None) -> None:
+    """ConfigError where these settings need a reward stage, for recipes that have none."""
+    if algorithm in OFFLINE:
+        if rankings is None:
+            raise ConfigError(f"{algorithm} learns from rankings: add the reward stage, or give --rl.rankings FILE")
+    elif reward != "verified":
+        raise ConfigError("a recipe with an rl stage and no reward stage needs --rl.reward verified")
 
 
 def scorer_of(

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stateofgpt.assistant.session import Session, Turn
 from stateofgpt.assistant.tools import Toolbox
-from stateofgpt.data.comparisons import Ranking, read_rankings
-from stateofgpt.data.prompts import PromptConfig
+from stateofgpt.data.comparisons import Ranking
+from stateofgpt.data.prompts import PromptConfig, repeated
 from stateofgpt.data.skills import Problem
 from stateofgpt.data.tasks import tasks_of
 from stateofgpt.errors import ConfigError
@@ -123,17 +123,6 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         return PolicyTraining(
             config, run, stage, run.stage("sft").checkpoint, reward, way, mean, std, rankings=rankings, apart=apart
         ).work()
-
-
-def check(config: Config, seed: int, *, rewarded: bool) -> None:
-    """Read the user's files and settings before anything is trained; `rewarded`: whether there is a reward stage."""
-    tasks_of(config.tasks, seed, config.prompts)
-    if config.rankings is not None:
-        read_rankings(config.rankings)
-    if not rewarded and config.chosen in OFFLINE and config.rankings is None:
-        raise ConfigError(f"{config.chosen} learns from rankings: add the reward stage, or give --rl.rankings FILE")
-    if not rewarded and config.chosen not in OFFLINE and config.reward != "verified":
-        raise ConfigError("without a reward stage the rl stage needs --rl.reward verified")
 
 
 class PolicyTraining:
@@ -249,7 +238,7 @@ class PolicyTraining:
         start = FIRST + (i * self.n_prompts if i >= 0 else -1000)
         asked = self.tasks.problems(self.n_prompts - self.n_own, "train", start)
         chosen = random.Random(f"own prompts {self.run.seed} {i}").choices(self.own, k=self.n_own) if self.n_own else []
-        return _repeated(asked, self.group), _repeated(chosen, self.group)
+        return repeated(asked, self.group), repeated(chosen, self.group)
 
     def _answer(self, asked: Sequence[Problem], seed: int, own: Sequence[Conversation] = ()) -> list[Turn]:
         self.engine.refresh()
@@ -337,11 +326,3 @@ class PolicyTraining:
             parents=[self.start] if self.reward is None else [self.start, self.reward],
             metrics=metrics,
         )
-
-
-T = TypeVar("T")
-
-
-def _repeated(items: Sequence[T], times: int) -> list[T]:
-    """Each item `times` times, its copies side by side."""
-    return [item for item in items for _ in range(times)]
