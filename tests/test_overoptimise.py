@@ -14,6 +14,7 @@ from command import sog
 
 from stateofgpt.errors import ConfigError
 from stateofgpt.recipes import load
+from stateofgpt.recipes.overoptimise import execute
 from stateofgpt.report.build import build
 from stateofgpt.rl.overoptimisation import best_of_n_kl
 from stateofgpt.run import Run, write_json
@@ -117,6 +118,25 @@ def test_the_recipe_takes_minutes_and_settings_and_no_texts(tmp_path: Path) -> N
         load("overoptimise", minutes=1, seed=0, corpus=(), overrides={})
     with pytest.raises(ConfigError, match="reads no texts"):
         load("overoptimise", minutes=None, seed=0, corpus=(tmp_path,), overrides={})
+
+
+def test_without_a_model_it_makes_one_in_the_first_part_of_the_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, begun = [], []
+    monkeypatch.setattr("stateofgpt.recipes.pipeline.execute", lambda recipe, out: made.append((recipe, out)))
+
+    def run(config: Config, run: Run, start: Path) -> dict[str, Any]:
+        begun.append((config, start))
+        return {"proxies": []}
+
+    monkeypatch.setattr("stateofgpt.stages.overoptimise.run", run)
+    monkeypatch.setattr("stateofgpt.recipes.overoptimise.build", lambda root: root / "page.html")
+    execute(load("overoptimise", minutes=20, seed=3, corpus=(), overrides={}), tmp_path / "over")
+    ((recipe, out),) = made
+    assert recipe.order() == ("collect", "tokenize", "pretrain", "sft") and (recipe.minutes, recipe.seed) == (8, 3)
+    assert out == tmp_path / "over" / "models"
+    assert begun[0][0].seconds == pytest.approx(12 * 60) and begun[0][1] == out / "sft" / "checkpoint"
 
 
 TINY = {

@@ -112,7 +112,7 @@ MOMENTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], bool]]] = {  #
     "pretrain": (steps(3), steps(8)),
     "sft": (steps(3), steps(7)),
     "reward": (there("sampled/heldout_000000.jsonl"), steps(3)),
-    "rl": (there("decisions.json"), steps(2)),
+    "rl": (there("decisions.json"), steps(3)),  # the first line is a look of the guards, before any state
     "eval": (there("."), there("decisions.json", after_s=0.2)),
     "arena": (there("."), there(".", after_s=0.1)),
 }

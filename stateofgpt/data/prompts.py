@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from stateofgpt.data.skills import SKILLS, Problem, Split, problem
 from stateofgpt.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,3 +53,8 @@ def prompt(seed: int, index: int, config: PromptConfig, split: Split = "train") 
 def prompts(seed: int, n: int, config: PromptConfig, split: Split = "train", start: int = 0) -> list[Problem]:
     """Prompts `start` to `start + n`."""
     return [prompt(seed, index, config, split) for index in range(start, start + n)]
+
+
+def repeated(items: Sequence[T], times: int) -> list[T]:
+    """Each item `times` times, its copies side by side: what is asked for several answers to everything."""
+    return [item for item in items for _ in range(times)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from stateofgpt.assistant.session import Session, Turn
 from stateofgpt.assistant.tools import Toolbox
 from stateofgpt.data.comparisons import Ranking
-from stateofgpt.data.prompts import PromptConfig
+from stateofgpt.data.prompts import PromptConfig, repeated
 from stateofgpt.data.skills import Problem
 from stateofgpt.data.tasks import tasks_of
 from stateofgpt.errors import ConfigError
@@ -244,8 +244,7 @@ class PolicyTraining:
         start = FIRST + (i * self.n_prompts if i >= 0 else -1000)
         asked = self.tasks.problems(self.n_prompts - self.n_own, "train", start)
         chosen = random.Random(f"own prompts {self.run.seed} {i}").choices(self.own, k=self.n_own) if self.n_own else []
-        times = range(self.group)
-        return [problem for problem in asked for _ in times], [prompt for prompt in chosen for _ in times]
+        return repeated(asked, self.group), repeated(chosen, self.group)
 
     def _answer(self, asked: Sequence[Problem], seed: int, own: Sequence[Conversation] = ()) -> list[Turn]:
         self.engine.refresh()
