@@ -300,12 +300,12 @@ def compared(sides: dict[str, Side], rounds: int, peer: str, key: str) -> dict[s
         for name, side in sides.items():
             try:
                 found[name].append(float(side()[key]))
+                print(f"{name}: {found[name][-1]:.1f} tokens/s", flush=True)
             except Exception as error:  # a peer that cannot do it here must not hide the others
                 if name.startswith("ours"):
                     raise
                 print(f"{name} failed: {error!r}"[:300], flush=True)
-        rates = ", ".join(f"{name} {values[-1]:.1f}" for name, values in found.items() if values)
-        print(f"round {number + 1}: {rates} tokens/s", flush=True)
+        print(f"round {number + 1} of {rounds} is done", flush=True)
     done = {name: values for name, values in found.items() if len(values) == rounds}
     ratios = {
         name: median(a / b for a, b in zip(values, done[peer], strict=True)) for name, values in done.items()
