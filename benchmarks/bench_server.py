@@ -28,7 +28,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-TEXTS = ("What is 4729 + 386?", "Invent a name.", "Who are you?", "How many people live in Ohio?", "Tell me more.")
+# None that an assistant would use a tool for: what is not shown would count as time to the first text.
+TEXTS = ("Invent a name.", "Who are you?", "Hello.", "Tell me more.", "What is your name?")
 Times = dict[str, list[float]]
 
 

@@ -403,7 +403,7 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     class Engine:
         max_context = 2
 
-        def __init__(self, model: object) -> None:
+        def __init__(self, model: object, **_: object) -> None:
             assert model == "model"
 
         def complete(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:

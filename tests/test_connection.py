@@ -145,7 +145,7 @@ def test_a_stream_that_nobody_reads_is_cut_and_its_answer_ended(live: Live) -> N
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.connect(("127.0.0.1", live.port))
-    data = json.dumps({**ASK, "n": 8, "logprobs": True, "top_logprobs": 20}).encode()
+    data = json.dumps({**ASK, "logprobs": True, "top_logprobs": 20}).encode()
     connection.sendall(HEAD + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
     wait_for(lambda: live.app.state.metrics.registry.get_sample_value(
         "sog_connections_cut_total", {"why": "reader"}), 10)  # fmt: skip

@@ -95,7 +95,7 @@ def test_schemathesis_finds_no_500(tmp_path: Path) -> None:
             if operation.path == "/admin/reload":
                 continue
 
-            @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy())
             def check(case: Any) -> None:
                 case.call_and_validate(checks=[not_a_server_error])
