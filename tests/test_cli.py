@@ -78,7 +78,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fakes:
 
         return call
 
-    module("stateofgpt.recipes", load=load, names=lambda: ("debug", "laptop"))
+    module("stateofgpt.recipes", load=load, names=lambda: ("debug", "laptop"), runner=lambda name: execute)
     module("stateofgpt.recipes.pipeline", execute=execute)
     module("stateofgpt.report.build", build=record("build", Path("report.html")))
     module("stateofgpt.report.tree", print_tree=record("tree"))
@@ -332,7 +332,7 @@ def execute(recipe, out, only=None):
         if "slowly" in sys.argv:
             time.sleep(30)
         raise
-pipeline.execute = execute
+pipeline.execute, recipes.runner = execute, lambda name: execute
 sys.modules["stateofgpt.recipes"], sys.modules["stateofgpt.recipes.pipeline"] = recipes, pipeline
 from stateofgpt.cli import main
 sys.exit(main(["run", "debug"]))

@@ -197,7 +197,7 @@ def test_the_pretrain_stage_goes_by_the_law_beside_its_run_and_records_it(
 ) -> None:
     asked: list[object] = []
 
-    def choose(vocab: int, context: int, seconds: float, *, rows: int, law: object) -> object:
+    def choose(vocab: int, context: int, seconds: float, *, rows: int, law: object, **_: object) -> object:
         asked.append(law)
         raise KeyboardInterrupt
 

@@ -250,7 +250,8 @@ def test_a_policy_with_adapters_resumes_with_the_same_weights(
             with pytest.raises(Stopped):
                 rl.run(config, torn)
         newest = max(torn.stage("rl").resume_dir.glob("step_?"))
-        assert (newest / "tensors.safetensors").stat().st_size < len(weights(torn, "sft"))
+        # of the policy: what learns, its momenta, and two copies of it; all weights alone would be four times the model
+        assert (newest / "tensors.safetensors").stat().st_size < 1.5 * len(weights(torn, "sft"))
         rl.run(config, torn)
         again = weights(torn, "rl")
         told = [line["kl"] for line in torn.stage("rl").metrics()]

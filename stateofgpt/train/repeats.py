@@ -6,7 +6,7 @@ Up to about four epochs a repeated token is nearly a fresh one (arXiv 2305.16264
 text by heart, and the decay that is best grows far beyond the usual (arXiv 2509.14786: thirty times). What stays put is
 how long a weight remembers, counted in epochs (arXiv 2405.13698): the shrinking of a step, rate times decay, is one
 over that memory in steps. So decay is made so strong that the memory is half an epoch, in proportion to the epochs
-beyond the fourth. Measured in `benchmarks/bench_repeats.py`; numbers in docs/decisions/0050.
+beyond the fourth. Measured in `benchmarks/bench_repeats.py`; numbers in docs/decisions/0020.
 """
 
 from __future__ import annotations
