@@ -129,7 +129,7 @@ class Sums:
         return {"question": f"{self.seed + i} + 1?", "answer": str(self.seed + i + 1), "metadata": {}}
 
     def score_answer(self, answer: str, entry: dict[str, Any]) -> float:
-        return 1.0 if answer == entry["answer"] else 0.01
+        return 1.0 if answer == entry["answer"] else 0.67 * (entry["answer"] in answer)
 
 
 def test_tasks_of_the_package_are_asked_by_index_and_checked_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,4 +156,4 @@ def check_gym(tasks: GymTasks) -> None:
     assert tasks.problems(3, "train", 1010) == train[10:13]
     for p in train[:5]:
         assert tasks.check(p, said(p.answer)) == 1.0 == tasks.check(p, said(f"The answer is {p.answer}."))
-        assert tasks.check(p, said(f"The answer is {p.answer}7.")) < 0.5 and tasks.check(p, said("")) == 0.0
+        assert tasks.check(p, said(f"The answer is {p.answer}7.")) == 0.0 == tasks.check(p, said(""))

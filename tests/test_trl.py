@@ -107,8 +107,7 @@ def model_of(logprobs: Tensor) -> Any:
 
     def forward(**_: Any) -> Any:
         flat = torch.zeros_like(logprobs)
-        return SimpleNamespace(log_probs=logprobs, entropy=flat, logits=torch.zeros(*logprobs.shape, 2), loss=None,
-                               accuracy=flat, correct=flat)  # fmt: skip
+        return SimpleNamespace(log_probs=logprobs, entropy=flat, mean_logits=flat, is_top1=flat.bool())
 
     return forward
 

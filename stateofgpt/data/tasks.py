@@ -126,14 +126,15 @@ class GymTasks:
         raise DataError(f"reasoning_gym's {self.name} has too few different questions to hold some out")
 
     def check(self, problem: Problem, messages: Conversation) -> float:
-        """The best score of what the last message says: all of it, its one number, or what follows its last colon."""
+        """1 where the package gives full marks to what the last message says: to all of it, its one number, or what
+        follows its last colon. Its partial marks are not taken: 817 gets two thirds where 81 is right."""
         text = final_text(messages)
         if not text:
             return 0.0
         entry = self.dataset[int(problem.meta["place"])]
         told = {text, stated_number(text), text.rpartition(":")[2].strip().removesuffix(".")}
         scores = [float(self.dataset.score_answer(answer=answer, entry=entry)) for answer in told if answer]
-        return max(0.0, min(1.0, max(scores)))
+        return float(max(scores) > 0.999)
 
 
 def _digest(text: str) -> str:
