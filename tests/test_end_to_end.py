@@ -94,6 +94,14 @@ SUMMARY = {  # the keys of the README's table, neither more nor fewer
     "diversity": {
         EACH: {"entropy": ENTROPY, "distinct": SHARE, "new": SHARE, "plausible": SHARE, "n": named(100)},
     },
+    "variety": {
+        EACH: {
+            "entropy": number(0.0, 20.0), "tokens": number(0.0, 1000.0), "prompts": whole(1), "answers": whole(2),
+            **{f"{of}_distinct": SHARE for of in ("prompt", "across")},
+            **{f"{of}_ngrams": number(0.0, 2.0) for of in ("prompt", "across")},
+            **{f"{of}_self_bleu": SHARE for of in ("prompt", "across")},
+        }
+    },
     "arena": {
         ROWS: {
             "model": named("base", "sft", "rl"), "rating": number(0.0, 3000.0), "low": number(), "high": number(),
