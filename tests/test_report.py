@@ -105,7 +105,7 @@ def test_the_report_holds_the_numbers_of_the_run(html: str) -> None:
         "from 0.612 to 0.874", "1,261", "1,229 – 1,298", "AMD EPYC 9R45", "25 GB", "2.31 GB of memory", "67.0%",
         "1.661", "1.976", "sog improve laptop", "24,000 demonstrations",
         "5,400 pairs of answers to 900 prompts", "lookup(Ohio, area)", "calculator 4729+386", "RL, after",
-        "Verdict: with care", "People preferred the shorter", "Annotator 2",
+        "Verdict: with care", "The votes preferred the shorter", "Annotator 2",
         "60 of 100 different", "enots", "calculator(39538223 / 733391)",
     ):  # fmt: skip
         assert fact in text, fact

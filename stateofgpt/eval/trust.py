@@ -70,7 +70,7 @@ def _length(health: Mapping[str, Any]) -> Found:
     if sides[worst]["n"] < 20:
         return [], [], []
     text = (
-        f"Where people preferred the {worst} answer it is right on {_percent(part['value'])} "
+        f"Where the votes preferred the {worst} answer it is right on {_percent(part['value'])} "
         f"({_percent(part['low'])} to {_percent(part['high'])})"
     )
     if part["high"] < 0.5:

@@ -52,7 +52,7 @@ def _accuracy(found: Mapping[str, Any]) -> Markup:
     value = number(accuracy.get("value"))
     rows.append(["Reward model", bar(value, "reward", percent(value, 1)), _span(accuracy)])
     if (ceiling := number(found.get("ceiling"))) is not None:
-        rows.append(["Ceiling: people\u2019s own noise", bar(ceiling, "none", percent(ceiling, 1)), ""])
+        rows.append(["Ceiling: the votes\u2019 own noise", bar(ceiling, "none", percent(ceiling, 1)), ""])
     caption = f"{count(number(found.get('n_pairs')))} pairs of {count(number(found.get('n_prompts')))} prompts"
     return pages.table(["Right on", "", "95% interval"], rows, caption=caption)
 
@@ -105,10 +105,10 @@ def _length(found: Mapping[str, Any]) -> Markup:
         part = mapping(bias.get(key))
         accuracy = mapping(part.get("accuracy"))
         value = number(accuracy.get("value"))
-        rows.append([f"People preferred {name}", bar(value, "reward", percent(value, 1)), _span(accuracy),
+        rows.append([f"The votes preferred {name}", bar(value, "reward", percent(value, 1)), _span(accuracy),
                      count(number(part.get("n")))])  # fmt: skip
     note = (
-        f"It takes the longer answer in {percent(number(bias.get('model_takes_longer')))} of pairs, people in "
+        f"It takes the longer answer in {percent(number(bias.get('model_takes_longer')))} of pairs, the votes in "
         f"{percent(number(bias.get('people_take_longer')))}; its scores and lengths correlate at "
         f"{decimal(number(bias.get('correlation')))}."
     )
@@ -126,7 +126,7 @@ def _people(found: Mapping[str, Any]) -> Markup:
     if not rows:
         return Markup("")
     head = ["Agrees with", "Reward model", "Majority of the other annotators"]
-    return pages.table(head, rows, caption="Each person\u2019s votes, ties left out")
+    return pages.table(head, rows, caption="Each annotator\u2019s votes, ties left out")
 
 
 def _sizes(result: Mapping[str, Any]) -> Markup:
