@@ -42,11 +42,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable '.[corpora]'
+	$(INSTALL) --editable '.[corpora,constrained,gguf]'
 	@touch $@
 
 $(VENV)/.develop: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable '.[corpora,dev,gguf,hf]'
+	$(INSTALL) --editable '.[corpora,constrained,dev,gguf,hf]'
 	@touch $@ $(VENV)/.runtime
 
 clean:
