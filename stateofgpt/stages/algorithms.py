@@ -16,6 +16,7 @@ from stateofgpt.data.comparisons import Ranking, read_rankings
 from stateofgpt.data.prompts import PromptConfig
 from stateofgpt.data.shards import Shards
 from stateofgpt.data.tasks import Tasks, tasks_of
+from stateofgpt.data.vote_file import read_comparisons
 from stateofgpt.errors import ConfigError, RunError
 from stateofgpt.model.checkpoint import load_reward
 from stateofgpt.rl.group import COMPARED, GroupAlgorithm, GroupConfig, GroupOptimization
@@ -48,7 +49,7 @@ def check_files(tasks: str | None, rankings: str | None, prompts: PromptConfig) 
     """Read the user's files before anything is trained."""
     tasks_of(tasks, 0, prompts)
     if rankings is not None:
-        read_rankings(rankings)
+        read_comparisons(rankings).strict()
 
 
 def check_unrewarded(algorithm: Algorithm, reward: Reward | None, rankings: str | None) -> None:
@@ -123,9 +124,11 @@ def _logprobs(algorithm: Algorithm, way: Way, temperature: float) -> Logprobs:
 
 
 def rankings_of(run: Run, file: str | None) -> list[Ranking]:
-    """The rankings of a file, else those that the run's reward stage learned from."""
-    path = run.stage("reward").dir / "rankings.jsonl" if file is None else Path(file)
-    if file is None and not path.exists():
+    """The rankings of a file in any form that is known, else those that the run's reward stage learned from."""
+    if file is not None:
+        return read_comparisons(file).strict()
+    path = run.stage("reward").dir / "rankings.jsonl"
+    if not path.exists():
         raise RunError("this run has no rankings; run `sog reward`, or give a file with --rl.rankings")
     return read_rankings(path)
 

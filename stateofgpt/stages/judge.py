@@ -16,6 +16,7 @@ from typing import Any
 from stateofgpt.assistant.session import Turn
 from stateofgpt.data.comparisons import Ranking, read_rankings
 from stateofgpt.data.skills import Problem
+from stateofgpt.data.vote_file import read_comparisons
 from stateofgpt.model.checkpoint import load_model, load_reward, save_checkpoint
 from stateofgpt.model.heads import RewardModel
 from stateofgpt.rl.reward_training import RewardTraining, held_out_accuracy, score_rankings, step_order
@@ -48,7 +49,7 @@ def rankings_apart(run: Run, file: str | None) -> list[Ranking] | None:
     """Rankings that the run's reward model did not learn from, for a judge of its own: a file's, else those its stage
     held out. None where the simulated labeller ranked and no file is named: then the truth is known."""
     if file is not None:
-        return read_rankings(Path(file))
+        return read_comparisons(file).strict()
     stage = run.stage("reward")
     if (stage.result() or {"simulated": True})["simulated"]:
         return None
