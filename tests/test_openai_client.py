@@ -254,7 +254,8 @@ JAVASCRIPT = Path(__file__).parent / "js"
 def test_the_javascript_client(live: Process, tmp_path: Path) -> None:
     for name in ("package.json", "package-lock.json", "client.mjs"):
         shutil.copy(JAVASCRIPT / name, tmp_path)
-    made = subprocess.run(["npm", "ci", "--silent", "--no-audit"], cwd=tmp_path, capture_output=True, text=True)
+    fetch = ["npm", "ci", "--silent", "--no-audit", "--fetch-retries=1", "--fetch-timeout=30000"]
+    made = subprocess.run(fetch, cwd=tmp_path, capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"npm could not fetch the client: {made.stderr[-200:]}")
     done = subprocess.run(
