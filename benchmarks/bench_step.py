@@ -1,20 +1,26 @@
 """Steps per second at equal mathematics: one LLaMA shape, one batch, one optimizer family, ours against transformers.
 
-    python benchmarks/bench_step.py [--pairs 7] [--width 256 --layers 6 --vocab 4096 --context 256 --rows 8]
+    python benchmarks/bench_step.py [--pairs 5] [--shapes small medium wide]
 
 Gate first: with the same weights in float32 both losses and all gradients agree to 1e-4. Then whole training steps
 (forward, backward, clipping, AdamW) in turn: both in float32; and each side's best, which for transformers is the
-fastest of float32 and bfloat16, plain and compiled, with torch's fused AdamW. Compiling is not counted here.
+fastest of float32 and bfloat16, plain and compiled, with torch's fused AdamW. Compiling is not counted here. Each way
+runs in a process of its own, as it would alone, so that nothing one side sets (how it keeps memory, say) helps the
+other; only one of them computes at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import pairs
 import torch
@@ -26,19 +32,60 @@ from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
 from stateofgpt.train.optim import OptimConfig
 
 
-def shape(options: argparse.Namespace) -> GPTConfig:
+@dataclass(frozen=True)
+class Shape:
+    """One model and one batch; heads of 64, a feed-forward of three times the width."""
+
+    width: int
+    layers: int
+    vocab: int
+    context: int
+    rows: int
+
+
+SHAPES = {
+    "small": Shape(128, 4, 512, 64, 12),
+    "medium": Shape(256, 6, 4096, 256, 8),
+    "wide": Shape(384, 6, 8192, 256, 8),
+    "open": Shape(256, 6, 49152, 256, 8),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One side in one precision."""
+
+    side: str
+    dtype: Dtype
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.side} {self.dtype}{' compiled' if self.compiled else ''}"
+
+
+OURS = (Way("ours", "float32"), Way("ours", "bfloat16"))
+PEERS = tuple(Way("transformers", dtype, compiled) for dtype in ("float32", "bfloat16") for compiled in (False, True))
+
+
+def config_of(shape: Shape) -> GPTConfig:
     """The LLaMA shape that both sides have."""
     return GPTConfig(
         arch="llama",
-        vocab_size=options.vocab,
-        hidden_size=options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 64,
-        num_key_value_heads=options.width // 64,
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.width // 64,
+        num_key_value_heads=shape.width // 64,
         head_dim=64,
-        intermediate_size=3 * options.width,
-        max_position_embeddings=options.context,
+        intermediate_size=3 * shape.width,
+        max_position_embeddings=shape.context,
     )
+
+
+def batch_of(shape: Shape) -> Batch:
+    """Random tokens: the time does not depend on them."""
+    ids = torch.randint(0, shape.vocab, (shape.rows, shape.context + 1), generator=torch.Generator().manual_seed(1))
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(shape.rows, shape.context))
 
 
 def theirs_of(config: GPTConfig, model: GPT) -> LlamaForCausalLM:
@@ -111,55 +158,92 @@ def gate(config: GPTConfig, batch: Batch) -> None:
         raise SystemExit("the two sides do not compute the same")
 
 
-def seconds(step: Callable[[], None], n: int = 3) -> float:
-    """Seconds of a step, the mean of a few."""
-    start = time.perf_counter()
-    for _ in range(n):
-        step()
-    return (time.perf_counter() - start) / n
+def step_of(shape: Shape, way: Way) -> Callable[[], None]:
+    """A training step of one way, on the weights that all ways start from."""
+    start = GPT(config_of(shape))
+    start.init_weights(torch.Generator().manual_seed(0))
+    batch = batch_of(shape)
+    if way.side == "ours":
+        return our_step(start, batch, way.dtype)
+    return peer_step(theirs_of(start.config, start), batch, way.dtype, way.compiled)
 
 
-def compare(mine: Callable[[], None], theirs: Callable[[], None], n_pairs: int) -> list[float]:
-    """Ratios of the peer's seconds to ours, pair by pair."""
-    for step in (mine, theirs):
-        step()
-        step()
-    return [seconds(theirs) / seconds(mine) for _ in range(n_pairs)]
+def serve(shape: Shape, way: Way) -> None:
+    """Time steps whenever a line asks for it: `n` -> seconds of each of n steps, on average."""
+    step = step_of(shape, way)
+    step()
+    step()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        print((time.perf_counter() - start) / int(line), flush=True)
+
+
+class Process:
+    """A way in a process of its own, silent until it is asked."""
+
+    def __init__(self, shape: str, way: Way) -> None:
+        asked = [sys.executable, __file__, "--serve", shape, way.side, way.dtype, str(int(way.compiled))]
+        self.process = subprocess.Popen(asked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self._line() != "ready":
+            raise SystemExit(f"{way} did not start")
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def seconds(self, n: int) -> float:
+        """Mean seconds of n steps."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{n}\n")
+        self.process.stdin.flush()
+        return float(self._line())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def compare(mine: Process, theirs: Process, n_pairs: int) -> list[float]:
+    """Ratios of the peer's seconds to ours, pair by pair; each measures for about two seconds."""
+    n_mine, n_theirs = (max(3, round(2.0 / side.seconds(3))) for side in (mine, theirs))
+    return [theirs.seconds(n_theirs) / mine.seconds(n_mine) for _ in range(n_pairs)]
+
+
+def measure(name: str, n_pairs: int) -> dict[str, Any]:
+    """Gate, pairs in float32, pairs of each side's best."""
+    gate(config_of(SHAPES[name]), batch_of(SHAPES[name]))
+    with ExitStack() as stack:
+        processes = {way: stack.enter_context(Process(name, way)) for way in (*OURS, *PEERS)}
+        equal = compare(processes[OURS[0]], processes[PEERS[0]], n_pairs)
+        print(f"{name}, float32: {pairs.spread(equal)} times the steps per second", flush=True)
+        rates = {way: median(process.seconds(5) for _ in range(3)) for way, process in processes.items()}
+        mine, best = (min(ways, key=lambda way: rates[way]) for ways in (OURS, PEERS))
+        each_best = compare(processes[mine], processes[best], n_pairs)
+    print(f"{name}, best: {pairs.spread(each_best)} times the steps per second ({mine}; {best})", flush=True)
+    milliseconds = {str(way): round(1e3 * value, 1) for way, value in rates.items()}
+    return {"float32": median(equal), "best": median(each_best), "milliseconds": milliseconds}
 
 
 def main() -> None:
-    """Gate, pairs in float32, pairs of each side's best."""
+    """Every shape asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("width", 256), ("layers", 6), ("vocab", 4096), ("context", 256), ("rows", 8), ("pairs", 7)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    config = shape(options)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, options.vocab, (options.rows, options.context + 1), generator=generator)
-    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(options.rows, options.context))
-    gate(config, batch)
-    start = GPT(config)
-    start.init_weights(torch.Generator().manual_seed(0))
-    peers = {
-        (dtype, compiled): peer_step(theirs_of(config, start), batch, dtype, compiled)
-        for dtype in ("float32", "bfloat16")
-        for compiled in (False, True)
-    }
-    ours: dict[Dtype, Callable[[], None]] = {}
-    for dtype in ("float32", "bfloat16"):
-        model = GPT(config)
-        model.load_state_dict(start.state_dict())
-        ours[dtype] = our_step(model, batch, dtype)
-    equal = compare(ours["float32"], peers["float32", False], options.pairs)
-    print(f"float32: {pairs.spread(equal)} times the steps per second", flush=True)
-    rates = {way: (step(), step(), seconds(step))[2] for way, step in peers.items()}
-    best = min(rates, key=lambda way: rates[way])
-    mine = min(ours, key=lambda dtype: (ours[dtype](), seconds(ours[dtype]))[1])
-    each_best = compare(ours[mine], peers[best], options.pairs)
-    told = f"{best[0]}{' compiled' if best[1] else ''}"
-    print(f"best: {pairs.spread(each_best)} times the steps per second (ours {mine}, transformers {told})")
-    result = {"float32": median(equal), "best": median(each_best), "peer_best": told, "n_params": start.n_params()}
-    print(json.dumps({"machine": pairs.machine(), "shape": vars(options), **result}))
+    if options.serve:
+        name, side, dtype, compiled = options.serve
+        serve(SHAPES[name], Way(side, dtype, compiled == "1"))
+        return
+    for name in options.shapes:
+        result = measure(name, options.pairs)
+        print(json.dumps({"machine": pairs.machine(), "name": name, "shape": vars(SHAPES[name]), **result}), flush=True)
 
 
 if __name__ == "__main__":
