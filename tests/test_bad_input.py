@@ -219,7 +219,12 @@ def test_a_bad_file_of_ones_own_is_refused_before_anything_is_trained(
         path.write_bytes("\n".join([good, "", line, good]).encode("utf-8", "surrogateescape"))
     said = refused("run", "debug", "--out", tmp_path / "run", f"--{setting}", path)
     assert says in said and "mine.jsonl" in said
-    assert not (tmp_path / "run" / "collect" / "result.json").exists()
+    assert not (tmp_path / "run").exists(), "a mistake left a run behind"
+
+
+def test_a_corpus_that_is_not_there_leaves_no_run_behind(refused: Say, tmp_path: Path) -> None:
+    assert "there is no corpus" in refused("run", "debug", "--out", tmp_path / "run", "--corpus", tmp_path / "texts")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -250,6 +250,23 @@ def test_everything_is_gentler_when_there_is_something_to_lose(tmp_path: Path) -
     assert gentle.pretrain.warmup > scratch.pretrain.warmup
 
 
+def test_a_large_model_is_asked_less_and_measured_less_often(tmp_path: Path) -> None:
+    asked = {"minutes": 30.0, "seed": 0, "corpus": (), "overrides": {}}
+    made = {}
+    for name, layers in (("small", 2), ("large", 30)):
+        (tmp_path / name).mkdir()
+        shape = {"hidden_size": 576, "num_hidden_layers": layers, "intermediate_size": 1536, "vocab_size": 49152}
+        config = {"model_type": "llama", "num_attention_heads": 9, "num_key_value_heads": 3, **shape}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        made[name] = load("laptop", model=tmp_path / name, **asked)
+    small, large = made["small"], made["large"]
+    assert large.sft.validation_rows < small.sft.validation_rows
+    assert large.reward.held_out_prompts < small.reward.held_out_prompts
+    assert large.reward.training.looks < small.reward.training.looks
+    assert large.rl.batch < small.rl.batch and large.rl.guards.prompts < small.rl.guards.prompts
+    assert not large.sft.loop.optim.use_muon
+
+
 def test_runs_made_before_there_were_parents_go_on(tmp_path: Path) -> None:
     config = to_dict(load("debug", minutes=None, seed=0, corpus=(), overrides={}))
     old = json.loads(json.dumps(config))

@@ -21,6 +21,7 @@ from pathlib import Path
 from stateofgpt.model.convert import from_huggingface
 from stateofgpt.model.folder import read_json_file
 from stateofgpt.recipes.recipe import Recipe
+from stateofgpt.rl.guards import GuardConfig
 from stateofgpt.rl.ppo import PPOConfig
 from stateofgpt.train.loop import LoopConfig
 
@@ -30,13 +31,17 @@ WARMUP = 20  # steps; the optimizer knows nothing of the model's gradients yet
 SAVE_EVERY_S = 120.0  # a state of a hundred million parameters is gigabytes
 LARGE = 20_000_000  # weights of hidden matrices from which a model has AdamW alone
 LOOKS = (0.0, 0.5, 1.0)  # when it is measured and sampled from, which takes long too
-ASKED = 48  # held-out prompts, which a larger model takes long to answer
+ASKED, ASKED_OF_LARGE = 48, 24  # held-out prompts, which a larger model takes long to answer
+VALIDATION_ROWS = 4
+BATCH, BATCH_OF_LARGE = 32, 16  # answers of an iteration of reinforcement learning
 
 
 def continued(recipe: Recipe, model: Path) -> Recipe:
     """`recipe`, beginning from the model in a folder, with its tokenizer and chat template."""
     parent = str(model.resolve())
     large = _hidden_weights(model) >= LARGE
+    asked = ASKED_OF_LARGE if large else ASKED
+    guards = recipe.rl.guards or GuardConfig()
     made = replace(
         recipe,
         tokenize=replace(recipe.tokenize, parent=parent),
@@ -52,21 +57,30 @@ def continued(recipe: Recipe, model: Path) -> Recipe:
             sample_at=LOOKS if large else recipe.pretrain.sample_at,
             loop=_at(recipe.pretrain.loop, *PRETRAIN, large),
         ),
-        sft=replace(recipe.sft, loop=_at(recipe.sft.loop, *SFT, large)),
+        sft=replace(
+            recipe.sft,
+            validation_rows=min(recipe.sft.validation_rows, VALIDATION_ROWS) if large else recipe.sft.validation_rows,
+            loop=_at(recipe.sft.loop, *SFT, large),
+        ),
         reward=replace(
             recipe.reward,
-            held_out_prompts=min(recipe.reward.held_out_prompts, ASKED),
-            training=replace(recipe.reward.training, loop=_at(recipe.reward.training.loop, *REWARD, large)),
+            held_out_prompts=min(recipe.reward.held_out_prompts, asked),
+            training=replace(
+                recipe.reward.training,
+                looks=1 if large else recipe.reward.training.looks,
+                loop=_at(recipe.reward.training.loop, *REWARD, large),
+            ),
         ),
         rl=replace(
             recipe.rl,
-            batch=min(recipe.rl.batch, 32),
-            held_out_prompts=min(recipe.rl.held_out_prompts, ASKED),
+            batch=min(recipe.rl.batch, BATCH_OF_LARGE if large else BATCH),
+            held_out_prompts=min(recipe.rl.held_out_prompts, asked),
+            guards=replace(guards, prompts=min(guards.prompts, asked)),
             save_every_s=SAVE_EVERY_S,
             ppo=_gentle(recipe.rl.ppo),
         ),
     )
-    return replace(made, arena=replace(recipe.arena, prompts=min(recipe.arena.prompts, ASKED)))
+    return replace(made, arena=replace(recipe.arena, prompts=min(recipe.arena.prompts, asked)))
 
 
 def _gentle(ppo: PPOConfig) -> PPOConfig:

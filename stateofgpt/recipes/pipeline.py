@@ -16,6 +16,7 @@ from rich.console import Console
 
 from stateofgpt.config import to_dict
 from stateofgpt.data.demonstrations import read_demonstrations
+from stateofgpt.data.documents import Account, find_files
 from stateofgpt.data.vote_file import read_comparisons
 from stateofgpt.errors import ConfigError, RunError
 from stateofgpt.recipes.recipe import Recipe
@@ -34,7 +35,7 @@ RUNNERS: dict[str, Callable[[Any, Run], dict[str, Any]]] = {
     "eval": evaluate.run,
     "arena": arena.run,
 }
-TIMED = {"pretrain": 0.45, "sft": 0.25, "reward": 0.15, "rl": 0.15}  # shares of what training may take in all
+TIMED = {"pretrain": 0.48, "sft": 0.27, "reward": 0.1, "rl": 0.15}  # shares of what training may take in all
 MEASURING = 0.12  # share of all minutes kept for evaluation, arena and report
 REPORTING = 0.03  # where a recipe has no evaluation
 
@@ -48,9 +49,9 @@ def execute(recipe: Recipe, out: Path, only: str | None = None) -> None:
     if "collect" in order and not recipe.collect.sources and not recipe.collect.corpus:
         raise ConfigError(f"the recipe {recipe.name} reads no text but yours; give it one with --corpus FILE")
     console = Console(highlight=False)
+    if only is None:
+        _check_own_files(recipe, Run.read(out) if (out / "run.json").is_file() else None)
     with Run.open(out, recipe.name, to_dict(recipe), recipe.seed) as run:
-        if only is None:
-            _check_own_files(recipe, run)
         for name in order if only is None else (only,):
             _require_earlier(run, name, order)
             stage = run.stage(name)
@@ -83,11 +84,13 @@ def _is_told(run: Run) -> bool:
     return len(told) == 2 and min(told) >= max(results, default=0.0)
 
 
-def _check_own_files(recipe: Recipe, run: Run) -> None:
+def _check_own_files(recipe: Recipe, run: Run | None) -> None:
     """Read the user's demonstrations, rankings and model now: a mistake in them must not show after minutes of
-    training."""
-    done = {stage.name for stage in run.stages() if stage.done}
+    training, nor leave a run behind that never began."""
+    done = {stage.name for stage in run.stages() if stage.done} if run is not None else set()
     done |= set(STAGES) - set(recipe.order())
+    if "collect" not in done:
+        find_files(recipe.collect.corpus, Account())
     if "pretrain" not in done and recipe.pretrain.parent is not None:
         parent.check(Path(recipe.pretrain.parent))
     if "sft" not in done:

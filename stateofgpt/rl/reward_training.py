@@ -25,12 +25,14 @@ from stateofgpt.train.optim import OptimConfig
 @dataclass(frozen=True)
 class RewardTraining:
     """How a reward model learns. `margin`, where it is given, times what a ranking says of its own margin (0 to 1) is
-    by how much its better answer has to score higher; rankings that say nothing have 0."""
+    by how much its better answer has to score higher; rankings that say nothing have 0. Held-out rankings are scored
+    before the first step and `looks` times until the last."""
 
     prompts_per_step: int = 8
     warmup: int = 4
     decay_share: float = 0.7
     margin: float | None = None
+    looks: int = 4
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(optim=OptimConfig(lr=2.5e-4, muon_lr=0.002, weight_decay=0.0))
     )

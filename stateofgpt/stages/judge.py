@@ -22,7 +22,7 @@ from stateofgpt.model.heads import RewardModel
 from stateofgpt.rl.reward_training import RewardTraining, held_out_accuracy, score_rankings, step_order
 from stateofgpt.rl.scoring import LearnedScorer
 from stateofgpt.run import Run
-from stateofgpt.stages.reward import learn, usual_score
+from stateofgpt.stages.reward import USUAL, learn, usual_score
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.train.loss import Way
 from stateofgpt.train.state import TrainState
@@ -95,7 +95,7 @@ def _train(run: Run, start: Path, rankings: Sequence[Ranking], chat: ChatFormat,
     with stage.timed():
         learn(model, chat, rankings, others[:16], order, stage, training, way)
         right, n = held_out_accuracy(score_rankings(model, chat, others), others)
-        result = {"right": right, "n": n, "steps": len(order), **usual_score(model, chat, rankings[:64])}
+        result = {"right": right, "n": n, "steps": len(order), **usual_score(model, chat, rankings[:USUAL])}
         save_checkpoint(
             stage.checkpoint,
             model,

@@ -15,13 +15,12 @@ from stateofgpt.model.checkpoint import load_model, save_checkpoint
 from stateofgpt.model.heads import RewardModel
 from stateofgpt.rl.reward_training import RewardTraining, step_order
 from stateofgpt.run import Run, Stage
-from stateofgpt.stages.reward import learn, usual_score
+from stateofgpt.stages.reward import USUAL, learn, usual_score
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.train.loss import Way
 from stateofgpt.train.state import TrainState
 
 LEAST_STEPS = 24
-USUAL = 64  # rankings whose completions say what a usual score is
 
 
 def of_a_share(

@@ -45,6 +45,7 @@ from stateofgpt.train.loss import Way
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
+USUAL = 64  # rankings from whose scores the usual score is taken
 CHUNK = 24  # prompts sampled at once; a chunk is the unit in which sampling resumes
 
 
@@ -92,13 +93,14 @@ def learn(
     training: RewardTraining,
     way: Way,
 ) -> None:
-    """Train `model` on the rankings in steps of `order`, resumably in the stage's folder; five looks at `held_out`."""
+    """Train `model` on the rankings in steps of `order`, resumably in the stage's folder, with looks at `held_out`."""
     context = model.config.max_position_embeddings
     loss = RankingLoss(way)
+    looks = {round(x * len(order) / training.looks) for x in range(training.looks + 1)}
 
     def log(step: int, metrics: dict[str, float]) -> None:
         extra = {}
-        if step in {round(x * len(order) / 4) for x in range(5)}:
+        if step in looks:
             right, pairs = held_out_accuracy(score_rankings(model, chat, held_out), held_out)
             extra = {"val_accuracy": right / max(1, pairs)}
         if metrics:
@@ -168,7 +170,9 @@ class _RewardModelling:
         return train, held_out
 
     def _affordable(self, session: Session) -> int:
-        """How many prompts the budget allows: what one chunk takes to sample and to learn from, measured."""
+        """How many prompts the budget allows: what one chunk takes to sample and to learn from, measured.
+
+        Scoring is the forward third of learning; the held-out rankings are scored in every look and at the end."""
         if self.config.n_prompts is not None:
             return self.config.n_prompts
         assert self.config.seconds is not None
@@ -178,10 +182,13 @@ class _RewardModelling:
         context = model.config.max_position_embeddings
         per_step = self.config.training.prompts_per_step
         trainer = Trainer(model, self.config.training.loop, self.way.kernels)
+        learning = time.perf_counter()
         for i in range(0, len(chunk), per_step):
             trainer.step([ranked_batch(self.chat, chunk[i : i + per_step], context)], RankingLoss(self.way), 0.0)
-        seconds = time.perf_counter() - start
-        left = self.config.seconds - self.stage.seconds() - 3.0
+        now = time.perf_counter()
+        seconds, scoring = now - start, (now - learning) / 3 / CHUNK
+        scored = self.config.held_out_prompts * (self.config.training.looks + 2) + USUAL
+        left = self.config.seconds - self.stage.seconds() - scored * scoring - 3.0
         return max(2, 1 + int(left / seconds)) * CHUNK
 
     def _sampled(self, session: Session, split: Split, n: int) -> list[Ranking]:
@@ -221,7 +228,7 @@ class _RewardModelling:
             "n_pairs": sum(len(r.pairs()) for r in train),
             "pair_accuracy": right / max(1, pairs),
             "n": pairs,
-            **usual_score(model, self.chat, train[:64]),
+            **usual_score(model, self.chat, train[: min(USUAL, self.config.held_out_prompts)]),
             "simulated": self.config.rankings is None,
         }
         if self.config.rankings is None:

@@ -37,6 +37,8 @@ from stateofgpt.train.optim import OptimConfig
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
 
+LOOKS = 8  # how often the held-out loss is measured after the first time
+
 
 @dataclass(frozen=True)
 class Config:
@@ -116,7 +118,7 @@ class _Finetuning:
         packer = self._packer(self.draws, self.config.rows, context)
         held_out = self._packer(self.draws.held_out, self.config.validation_rows, context).step(0)
         loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"])
-        steps = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss, packer)})["steps"]
+        steps = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss, packer, held_out)})["steps"]
         trainer = Trainer(model, self.config.loop, loss.kernels)
         counts = {"conversations": 0, "truncated": 0}
 
@@ -132,7 +134,7 @@ class _Finetuning:
                 counts.update({name: int(line[name]) for name in counts})
 
         def log(step: int, metrics: dict[str, float]) -> None:
-            at = {round(x * steps / 8) for x in range(9)}
+            at = {round(x * steps / LOOKS) for x in range(LOOKS + 1)}
             extra = {"val_loss": self._validate(model, held_out)} if step in at else {}
             if metrics or extra:
                 self.stage.log(step, **metrics, **extra, **counts)
@@ -158,7 +160,7 @@ class _Finetuning:
     def _packer(self, draw: Any, rows: int, context: int) -> Packer:
         return Packer(self.chat, draw, rows=rows, context=context, pad=self.tokenizer.pad)
 
-    def _steps(self, model: GPT, loss: LanguageModelLoss, packer: Packer) -> int:
+    def _steps(self, model: GPT, loss: LanguageModelLoss, packer: Packer, held_out: Packed) -> int:
         """Steps that fit what is left of the budget, from measured steps on a copy of the model."""
         if self.config.steps is not None:
             return self.config.steps
@@ -173,7 +175,10 @@ class _Finetuning:
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(weights[name])
-        return max(10, int((self.config.seconds - self.stage.seconds() - 3.0) / seconds))
+        start = time.perf_counter()
+        self._validate(model, held_out)
+        looks = (LOOKS + 1) * (time.perf_counter() - start)
+        return max(10, int((self.config.seconds - self.stage.seconds() - looks - 3.0) / seconds))
 
     @torch.no_grad()
     def _validate(self, model: GPT, packed: Packed) -> float:
