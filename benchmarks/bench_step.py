@@ -6,7 +6,8 @@ Gate first: with the same weights in float32 both losses and all gradients agree
 (forward, backward, clipping, AdamW) in turn: both in float32; and each side's best, which for transformers is the
 fastest of float32 and bfloat16, plain and compiled, with torch's fused AdamW. Compiling is not counted here. Each way
 runs in a process of its own, as it would alone, so that nothing one side sets (how it keeps memory, say) helps the
-other; only one of them computes at a time.
+other; only one of them computes at a time. Told too is the greatest ratio that there could be: that of a step which is
+nothing but its matrix products at the measured speed of large ones (`bench_cost.py` says what is counted).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any, Self
 
 import pairs
 import torch
+from bench_cost import operations, peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stateofgpt.model.gpt import GPT, GPTConfig
@@ -226,8 +228,12 @@ def measure(name: str, n_pairs: int) -> dict[str, Any]:
         mine, best = (min(ways, key=lambda way: rates[way]) for ways in (OURS, PEERS))
         each_best = compare(processes[mine], processes[best], n_pairs)
     print(f"{name}, best: {pairs.spread(each_best)} times the steps per second ({mine}; {best})", flush=True)
+    work = operations(config_of(SHAPES[name]), SHAPES[name].rows, SHAPES[name].context)
+    products = {way: work / peak(getattr(torch, way.dtype)) for way in OURS}
+    most = {"float32": rates[PEERS[0]] / products[OURS[0]], "best": rates[best] / min(products.values())}
+    print(f"{name}, the greatest ratio possible: {most['float32']:.2f} in float32, {most['best']:.2f} at best", flush=True)
     milliseconds = {str(way): round(1e3 * value, 1) for way, value in rates.items()}
-    return {"float32": median(equal), "best": median(each_best), "milliseconds": milliseconds}
+    return {"float32": median(equal), "best": median(each_best), "most": most, "milliseconds": milliseconds}
 
 
 def main() -> None:
