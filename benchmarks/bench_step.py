@@ -231,7 +231,7 @@ def measure(name: str, n_pairs: int) -> dict[str, Any]:
     work = operations(config_of(SHAPES[name]), SHAPES[name].rows, SHAPES[name].context)
     products = {way: work / peak(getattr(torch, way.dtype)) for way in OURS}
     most = {"float32": rates[PEERS[0]] / products[OURS[0]], "best": rates[best] / min(products.values())}
-    print(f"{name}, the greatest ratio possible: {most['float32']:.2f} in float32, {most['best']:.2f} at best", flush=True)
+    print(f"{name}, possible at most: {most['float32']:.2f} and {most['best']:.2f} times", flush=True)
     milliseconds = {str(way): round(1e3 * value, 1) for way, value in rates.items()}
     return {"float32": median(equal), "best": median(each_best), "most": most, "milliseconds": milliseconds}
 
