@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from texts import Corpus, validation_windows
 
+from stateofgpt.train.threads import wait_briefly
+
 
 @dataclass(frozen=True)
 class Task:
@@ -51,6 +53,7 @@ def main() -> None:
     raw = json.loads(Path(sys.argv[1]).read_text())
     task = Task(**{**raw, "batches": tuple(tuple(x) for x in raw["batches"])})
     corpus = Corpus.open(Path(task.corpus))
+    wait_briefly()
 
     import torch
 

@@ -33,6 +33,7 @@ from stateofgpt.options import (
     to_temperature,
     to_text,
 )
+from stateofgpt.train.threads import wait_briefly
 
 STAGE_VERBS = {
     "collect": "gather texts into a weighted, de-duplicated mixture",
@@ -49,10 +50,7 @@ WORKING_VERBS = ("run", *STAGE_VERBS, "ladder", "improve")  # what they do is ke
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors a user can put right become one line on stderr."""
-    # How often a thread of GNU OpenMP looks for work before it sleeps, read when torch is imported. Its own 300,000
-    # hold a core for milliseconds: beside other work a step then takes 2 to 3 times as long, alone it is the same.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "300")
+    wait_briefly()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 must not end a run
