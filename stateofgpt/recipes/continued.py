@@ -27,6 +27,7 @@ from stateofgpt.train.loop import LoopConfig
 
 PRETRAIN, SFT, REWARD = (1e-4, 5e-4), (1e-4, 5e-4), (5e-5, 2e-4)  # AdamW's and Muon's rates
 POLICY, VALUE = 3e-5, 6e-5
+POLICY_OF_LARGE, VALUE_OF_LARGE = 1e-5, 2e-5  # at 3e-5 four iterations led 135M parameters 8 nats away, and astray
 WARMUP = 20  # steps; the optimizer knows nothing of the model's gradients yet
 SAVE_EVERY_S = 120.0  # a state of a hundred million parameters is gigabytes
 LARGE = 20_000_000  # weights of hidden matrices from which a model has AdamW alone
@@ -77,14 +78,15 @@ def continued(recipe: Recipe, model: Path) -> Recipe:
             held_out_prompts=min(recipe.rl.held_out_prompts, asked),
             guards=replace(guards, prompts=min(guards.prompts, asked)),
             save_every_s=SAVE_EVERY_S,
-            ppo=_gentle(recipe.rl.ppo),
+            ppo=_gentle(recipe.rl.ppo, large),
         ),
     )
     return replace(made, arena=replace(recipe.arena, prompts=min(recipe.arena.prompts, asked)))
 
 
-def _gentle(ppo: PPOConfig) -> PPOConfig:
-    return replace(ppo, policy=_at(ppo.policy, POLICY, POLICY), value=_at(ppo.value, VALUE, VALUE))
+def _gentle(ppo: PPOConfig, large: bool) -> PPOConfig:
+    policy, value = (POLICY_OF_LARGE, VALUE_OF_LARGE) if large else (POLICY, VALUE)
+    return replace(ppo, policy=_at(ppo.policy, policy, policy), value=_at(ppo.value, value, value))
 
 
 def _at(loop: LoopConfig, lr: float, muon_lr: float, large: bool = False) -> LoopConfig:
