@@ -5,7 +5,7 @@
 Peer: GPT-2 of transformers, 4 layers, 4 heads, 128 wide, context 64, batch 12, 2,000 steps of AdamW with a learning
 rate of 1e-3 to 1e-4 over 100 steps of warm-up, betas 0.9 and 0.99, weight decay 0.1, clipping at 1. Ours: a
 Qwen3-shaped decoder of no more parameters and this project's trainer, for a fixed 15.6 % of the peer's tokens. Both are
-whole processes: imports, compiling, training, and one pass over the held-out tenth are in the seconds. The gate: in
+whole processes: imports, compiling, training, and one pass over the held-out text are in the seconds. The gate: in
 every pair our held-out loss must be at most the peer's of that pair.
 """
 
