@@ -1,8 +1,8 @@
 """The data of the benchmarks of training: one text file, as characters or as byte-pair tokens, split once.
 
 Owns the folder in which both sides find the same ids: `train.npy`, `validation.npy` (the last tenth of the text, as is
-the custom for this recipe, and of it at most 120,000 tokens: a long text must not make this a benchmark of measuring)
-and `corpus.json`.
+the custom for this recipe) and `corpus.json`; and which windows of the last tenth are asked, the same for both sides: at
+most 120,000 tokens from all over it, because a long text must not make this a benchmark of measuring.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ def prepare(text: str, folder: Path, vocab_size: int | None = None) -> Corpus:
         size = -(-tokenizer.vocab_size // 64) * 64
     folder.mkdir(parents=True, exist_ok=True)
     ratio = len(parts["validation"].encode()) / len(ids["validation"])
-    ids["validation"] = ids["validation"][:HELD_OUT]
     for name, numbers in ids.items():
         np.save(folder / f"{name}.npy", np.asarray(numbers, np.uint16), allow_pickle=False)
     (folder / "corpus.json").write_text(json.dumps({"vocab_size": size, "bytes_per_token": ratio}))
@@ -58,9 +57,10 @@ def prepare(text: str, folder: Path, vocab_size: int | None = None) -> Corpus:
 
 
 def validation_windows(corpus: Corpus, context: int, at_once: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All whole windows of the held-out part, one after the other: (ids, targets) [<= at_once, context]."""
+    """Whole windows of the held-out part, evenly from all of it: (ids, targets) [<= at_once, context]."""
     n = (len(corpus.validation) - 1) // context
     ids = corpus.validation[: n * context].astype(np.int64).reshape(n, context)
     targets = corpus.validation[1 : n * context + 1].astype(np.int64).reshape(n, context)
-    for i in range(0, n, at_once):
-        yield ids[i : i + at_once], targets[i : i + at_once]
+    asked = np.linspace(0, n - 1, min(n, HELD_OUT // context)).round().astype(np.int64)
+    for i in range(0, len(asked), at_once):
+        yield ids[asked[i : i + at_once]], targets[asked[i : i + at_once]]
