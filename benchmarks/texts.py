@@ -1,8 +1,8 @@
 """The data of the benchmarks of training: one text file, as characters or as byte-pair tokens, split once.
 
 Owns the folder in which both sides find the same ids: `train.npy`, `validation.npy` (the last tenth of the text, as is
-the custom for this recipe) and `corpus.json`; and which windows of the last tenth are asked, the same for both sides: at
-most 120,000 tokens from all over it, because a long text must not make this a benchmark of measuring.
+the custom for this recipe) and `corpus.json`; and which windows of that tenth both sides are asked: at most 120,000
+tokens from all over it, because a long text must not make this a benchmark of measuring.
 """
 
 from __future__ import annotations
