@@ -25,7 +25,7 @@ from stateofgpt.run import Run
 from stateofgpt.stages import collect, pretrain, tokenize
 from stateofgpt.train.dial import SHAPES
 
-SMALLER = ((64, 1), (64, 2))  # below the list of the dial
+SMALLER = ((64, 1),)  # below the list of the dial
 
 
 def main() -> None:

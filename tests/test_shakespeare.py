@@ -153,7 +153,7 @@ def test_a_recipe_has_all_stages_or_those_it_names_in_the_pipelines_order() -> N
         load("shakespeare", minutes=0.5, seed=0, corpus=(), overrides={})
 
 
-@pytest.mark.parametrize(("width", "layers", "beside"), [(128, 4, ["64x1", "64x2"]), (256, 6, ["128x4", "192x5"])])
+@pytest.mark.parametrize(("width", "layers", "beside"), [(128, 4, ["64x2", "128x2"]), (256, 6, ["128x4", "192x5"])])
 def test_the_sizes_beside_are_the_next_smaller_ones(width: int, layers: int, beside: list[str]) -> None:
     model = dial.shape(width, layers, 1024, 128)
     found = sizes._smaller(model, 2)

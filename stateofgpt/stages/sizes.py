@@ -23,7 +23,7 @@ from stateofgpt.stages.collect import documents_of
 from stateofgpt.train.dial import COMPILE_GAIN, COMPILE_SECONDS, SHAPES, measure_step
 from stateofgpt.train.ramp import seconds_per_batch
 
-ALL_SHAPES = ((64, 1), (64, 2), *SHAPES)
+ALL_SHAPES = ((64, 1), *SHAPES)
 CLEARLY_SMALLER = 0.7  # of the parameters
 LARGEST_SHARE = 0.6  # of the time, for the size the dial chooses; the steps are then what fits all sizes
 FEWEST_STEPS = 20

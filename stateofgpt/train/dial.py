@@ -24,7 +24,9 @@ from stateofgpt.train.loop import LoopConfig, Trainer
 from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
 from stateofgpt.train.scaling import EPOCH, Law
 
-SHAPES = ((128, 4), (192, 5), (256, 6), (320, 7), (384, 8), (512, 8), (640, 10), (768, 12))  # width, layers
+SHAPES = (  # width, layers
+    (64, 2), (128, 2), (128, 4), (192, 5), (256, 6), (320, 7), (384, 8), (512, 8), (640, 10), (768, 12),
+)  # fmt: skip
 COMPILE_GAIN = 2.0  # compiled against eager steps, measured at widths 128-192 on two AMX cores
 COMPILE_SECONDS = 15.0
 DTYPES: tuple[Dtype, Dtype] = ("float32", "bfloat16")
