@@ -207,6 +207,11 @@ class LoadedAssistant:
         """Whether the engine's thread runs."""
         return self._loop.alive
 
+    @property
+    def died(self) -> BaseException | None:
+        """What ended the engine's thread."""
+        return self._loop.died
+
     def load(self) -> dict[str, float]:
         """What the engine is doing now."""
         return {what: float(count) for what, count in self._loop.load.items()}
