@@ -11,18 +11,15 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_keeper import Served
+from test_keeper import Served, made  # noqa: F401 a fixture: a server over it
 from test_loader import folder  # noqa: F401 a fixture: runs/tiny with its checkpoints
 
-from stateofgpt.data.feedback import FeedbackStore
 from stateofgpt.model.checkpoint import load_model
-from stateofgpt.serve.loader import load_assistant
 from stateofgpt.text.tokenizer import Tokenizer
 
 pytestmark = [
@@ -55,17 +52,6 @@ doc_to_text: ""
 doc_to_target: "{{{{question}}}}"
 metric_list: [{{metric: bits_per_byte}}]
 """
-
-
-@pytest.fixture
-def made(folder: Path, tmp_path: Path) -> Iterator[Served]:  # noqa: F811
-    with FeedbackStore(tmp_path / "f.sqlite") as store:
-        running = Served(folder, store, lambda path: load_assistant(path, max_batch=4))
-        yield running
-        running.server.should_exit = True
-        running.thread.join(10)
-        running.listener.close()
-        running.shelf.close()
 
 
 def questions(count: int) -> list[dict[str, Any]]:
@@ -103,7 +89,12 @@ def scored(model: Any, before: list[int], after: list[int]) -> float:
 
 
 @pytest.mark.parametrize("backend", ["huggingface", "remote"])
-def test_lm_eval_finds_our_own_log_probabilities(made: Served, folder: Path, tmp_path: Path, backend: str) -> None:  # noqa: F811
+def test_lm_eval_finds_our_own_log_probabilities(
+    made: Served,  # noqa: F811
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    backend: str,
+) -> None:
     asked = questions(12)
     (tmp_path / "asked.jsonl").write_text("\n".join(json.dumps(one) for one in asked))
     for name, task in (("choice", CHOICE), ("text", ROLLING)):
@@ -113,6 +104,7 @@ def test_lm_eval_finds_our_own_log_probabilities(made: Served, folder: Path, tmp
     )
     found = evaluated(f"{where},tokenizer={folder}", tmp_path)
     model, tokenizer = load_model(folder).eval(), Tokenizer.load(folder)
+    begin = tokenizer.eot if backend == "huggingface" else tokenizer.im_end  # the other backend takes id 0 for none
     differences = []
     for sample in found["own_choice"]:
         ids = tokenizer.encode(sample["doc"]["question"])
@@ -121,7 +113,7 @@ def test_lm_eval_finds_our_own_log_probabilities(made: Served, folder: Path, tmp
             wanted = scored(model, whole[: len(ids)], whole[len(ids) :])
             differences.append(abs(float(response[0]) - wanted))
     for sample in found["own_text"]:
-        wanted = scored(model, [tokenizer.eot], tokenizer.encode(sample["doc"]["question"]))
+        wanted = scored(model, [begin], tokenizer.encode(sample["doc"]["question"]))
         (response,) = sample["resps"]
         value = response[0] if isinstance(response, list) else response
         differences.append(abs(float(value) - wanted))
