@@ -1,4 +1,4 @@
-"""The engine against `transformers` and, where it is installed, llama.cpp: one stream, and a ragged load.
+"""The engine against `transformers`: one stream, and a ragged load. (`bench_llama_cpp.py` has the other peer.)
 
     python benchmarks/bench_engine.py single [--model FOLDER | --width 320 --layers 6 --vocab 8192] [--pairs 5]
     python benchmarks/bench_engine.py quality --model FOLDER --text FILE [--tokens 4096]
@@ -7,11 +7,12 @@
 `single`: one prompt continued greedily, tokens per second from the first drawn to the last. Gate first: in float32 both
 sides draw the same ids. Then the engine in float32, bfloat16 and int8 weights, with and without guesses, against
 `generate` in float32 and bfloat16 (static cache and compilation are not counted in its favour or against it: eager is
-what a CPU user gets), and llama.cpp through llama-cpp-python where a GGUF file is named by --gguf.
+what a CPU user gets).
 
 `load`: requests with a shared prefix of 128 tokens, prompts of 16 to 256 tokens behind it and 8 to 256 to draw, all
 there at once; useful tokens per second until the last is done. The peers are `generate` in padded batches (sorted by
-length, each batch as long as its longest answer) and, with --continuous, transformers' continuous batching.
+length, each batch as long as its longest answer) and transformers' own continuous batching. --sides says who runs: the
+torch path and continuous batching take minutes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +36,7 @@ from stateofgpt.model.gpt import GPT, GPTConfig
 
 Side = Callable[[], dict[str, Any]]
 PREFIX = 128
+LOAD_SIDES = ("ours", "bfloat16", "static", "int8", "torch", "continuous")
 
 
 def models(options: argparse.Namespace) -> tuple[GPT, LlamaForCausalLM]:
@@ -79,6 +81,25 @@ def models(options: argparse.Namespace) -> tuple[GPT, LlamaForCausalLM]:
 # ---- one stream
 
 
+def prompt_of(options: argparse.Namespace, model: GPT) -> list[int]:
+    """The ids that one stream continues: words of a folder's tokenizer, or made up."""
+    if options.text:
+        from stateofgpt.text.tokenizer import Tokenizer
+
+        return Tokenizer.load(options.model).encode(options.text)
+    rng = random.Random(0)
+    return [rng.randrange(3, model.config.vocab_size) for _ in range(options.prompt)]
+
+
+def gate(ours: Side, theirs: Side) -> None:
+    """Both sides must draw the same ids; SystemExit where they part before the middle."""
+    pairs_of_ids = list(zip(ours()["ids"], theirs()["ids"], strict=True))
+    same = next((i for i, (a, b) in enumerate(pairs_of_ids) if a != b), len(pairs_of_ids))
+    print(f"gate: the first {same} of {len(pairs_of_ids)} ids are the same", flush=True)
+    if same < len(pairs_of_ids) // 2:
+        raise SystemExit("the two sides do not draw the same ids; nothing is compared")
+
+
 def ours_single(engine: Engine, prompt: list[int], tokens: int) -> Side:
     """Greedy tokens of the engine."""
 
@@ -121,43 +142,15 @@ def theirs_single(peer: LlamaForCausalLM, prompt: list[int], tokens: int) -> Sid
     return run
 
 
-def llama_cpp_single(gguf: str, prompt: list[int], tokens: int) -> Side:
-    """Greedy tokens of llama.cpp, for a file in its own format."""
-    import llama_cpp
-
-    model = llama_cpp.Llama(gguf, n_ctx=1024, n_threads=torch.get_num_threads(), verbose=False)
-
-    def run() -> dict[str, Any]:
-        ids: list[int] = []
-        begun = 0.0
-        for token in model.generate(prompt, temp=0.0):
-            ids.append(token)
-            begun = begun or time.perf_counter()
-            if len(ids) == tokens:
-                break
-        return {"ids": ids, "rate": (len(ids) - 1) / (time.perf_counter() - begun)}
-
-    return run
-
-
 def single(options: argparse.Namespace) -> dict[str, Any]:
     """All sides in turn, the first ratio to `generate` in float32, the second to its faster precision."""
     model, peer = models(options)
-    rng = random.Random(0)
-    prompt = [rng.randrange(3, model.config.vocab_size) for _ in range(options.prompt)]
-    if options.text:
-        from stateofgpt.text.tokenizer import Tokenizer
-
-        prompt = Tokenizer.load(options.model).encode(options.text)
+    prompt = prompt_of(options, model)
     sides: dict[str, Side] = {
         "ours float32": ours_single(Engine(model, max_batch=1, native=True), prompt, options.tokens),
         "transformers float32": theirs_single(peer, prompt, options.tokens),
     }
-    gate = [sides[name]()["ids"] for name in sides]
-    same = next((i for i, (a, b) in enumerate(zip(*gate, strict=True)) if a != b), options.tokens)
-    print(f"gate: the first {same} of {options.tokens} ids are the same", flush=True)
-    if same < options.tokens // 2:
-        raise SystemExit("the two sides do not draw the same ids; nothing is compared")
+    gate(*sides.values())
     sides["ours torch float32"] = ours_single(Engine(model, max_batch=1), prompt, options.tokens)
     for weights in ("bfloat16", "int8"):
         engine = Engine(model, max_batch=1, native=True, weights=weights)
@@ -168,9 +161,7 @@ def single(options: argparse.Namespace) -> dict[str, Any]:
         half = type(peer)(peer.config)
         half.load_state_dict(peer.state_dict())
         sides["transformers bfloat16"] = theirs_single(half.to(torch.bfloat16).eval(), prompt, options.tokens)
-    if options.gguf:
-        sides["llama.cpp"] = llama_cpp_single(options.gguf, prompt, options.tokens)
-    return compared(sides, options.pairs, "transformers float32", "rate")
+    return compared(sides, options.pairs, ["transformers float32"])
 
 
 # ---- what rounded weights cost
@@ -256,7 +247,8 @@ def continuous_load(peer: LlamaForCausalLM, asked: list[tuple[list[int], int]], 
 
     def run() -> dict[str, Any]:
         config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=256)
-        cache = ContinuousBatchingConfig(num_blocks=4 * rows, max_batch_tokens=512)
+        # room for `rows` of the longest requests, in pages of which the shared prefix fills two
+        cache = ContinuousBatchingConfig(page_size=64, num_blocks=10 * rows, max_batch_tokens=512)
         begun = time.perf_counter()
         with peer.continuous_batching_context_manager(
             generation_config=config, continuous_batching_config=cache, warmup=False
@@ -284,17 +276,18 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
     settings = {"native": True, "prefixes": True, "step_tokens": 512}
     sides: dict[str, Side] = {
         "ours": ours_load(model, asked, options.rows, **settings),
-        "ours bfloat16": ours_load(model, asked, options.rows, weights="bfloat16", **settings),
-        "ours torch": ours_load(model, asked, options.rows),
-        "transformers static": static_load(peer, asked, options.rows),
+        "bfloat16": ours_load(model, asked, options.rows, weights="bfloat16", **settings),
+        "int8": ours_load(model, asked, options.rows, weights="int8", **settings),
+        "torch": ours_load(model, asked, options.rows),
+        "static": static_load(peer, asked, options.rows),
+        "continuous": continuous_load(peer, asked, options.rows),
     }
-    if options.continuous:
-        sides["transformers continuous"] = continuous_load(peer, asked, options.rows)
-    return compared(sides, options.pairs, "transformers static", "rate")
+    sides = {name: sides[name] for name in options.sides}
+    return {"requests": len(asked), **compared(sides, options.pairs, ["static", "continuous"])}
 
 
-def compared(sides: dict[str, Side], rounds: int, peer: str, key: str) -> dict[str, Any]:
-    """Every side once in each round; medians, and the median of the ratios to `peer` round by round."""
+def measured(sides: dict[str, Side], rounds: int, key: str) -> dict[str, list[float]]:
+    """Every side once in each round; what each gave, without those that failed. Ours must not fail."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
         for name, side in sides.items():
@@ -302,20 +295,29 @@ def compared(sides: dict[str, Side], rounds: int, peer: str, key: str) -> dict[s
                 found[name].append(float(side()[key]))
                 print(f"{name}: {found[name][-1]:.1f} tokens/s", flush=True)
             except Exception as error:  # a peer that cannot do it here must not hide the others
-                if name.startswith("ours"):
+                if name not in ("static", "continuous") and not name.startswith(("transformers", "llama.cpp")):
                     raise
                 print(f"{name} failed: {error!r}"[:300], flush=True)
         print(f"round {number + 1} of {rounds} is done", flush=True)
-    done = {name: values for name, values in found.items() if len(values) == rounds}
-    ratios = {
-        name: median(a / b for a, b in zip(values, done[peer], strict=True)) for name, values in done.items()
-    } if peer in done else {}  # fmt: skip
-    return {"tokens_per_second": {name: median(values) for name, values in done.items()}, f"ratio_to_{peer}": ratios}
+    return {name: values for name, values in found.items() if len(values) == rounds}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("single", "load", "quality"))
+def ratio(ours: list[float], theirs: list[float]) -> str:
+    """The median of the ratios round by round, with the least and the most."""
+    return pairs.spread([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def compared(sides: dict[str, Side], rounds: int, peers: Sequence[str]) -> dict[str, Any]:
+    """Every side in each round; medians of tokens per second, and the ratios to each of the `peers` that ran."""
+    done = measured(sides, rounds, "rate")
+    found: dict[str, Any] = {"tokens_per_second": {name: median(values) for name, values in done.items()}}
+    for peer in (name for name in peers if name in done):
+        found[f"ratio_to_{peer}"] = {name: ratio(values, done[peer]) for name, values in done.items() if name != peer}
+    return found
+
+
+def shape_options(parser: argparse.ArgumentParser) -> None:
+    """What `models` and `prompt_of` read."""
     parser.add_argument("--model", help="a folder of the LLaMA family")
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--layers", type=int, default=6)
@@ -324,11 +326,16 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt of one stream")
     parser.add_argument("--text", help="a prompt in words, for a folder's tokenizer; for `quality` a file")
     parser.add_argument("--tokens", type=int, default=128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("single", "load", "quality"))
+    shape_options(parser)
     parser.add_argument("--bfloat16", action="store_true", help="transformers in bfloat16, too")
-    parser.add_argument("--gguf", help="a file for llama.cpp")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--rows", type=int, default=32, help="requests at once")
-    parser.add_argument("--continuous", action="store_true", help="transformers' continuous batching, too")
+    parser.add_argument("--sides", nargs="+", choices=LOAD_SIDES, default=LOAD_SIDES[:3], help="of a load")
     options = parser.parse_args()
     result = {"single": single, "load": load, "quality": quality}[options.what](options)
     print(json.dumps({"what": options.what, **result, **pairs.machine()}))

@@ -8,7 +8,8 @@
 
 Each prints one JSON object. `ttft`: seconds to the first text and between texts at several numbers of clients. `slow`:
 the same for 8 clients, alone and beside clients that hold half a header, half a body or an unread stream, in pairs.
-`idle`: connections that send nothing, how many were kept, refused or dropped, and the server's memory for each.
+`idle`: connections that send nothing, how many the server held at once, refused, or had closed at the end, where its
+time for a header is over, and its memory for each.
 `leave`: clients that leave after three pieces, and what is left of them. `soak`: a mixed load, and the slopes of the
 server's memory, descriptors and threads (last half of the time, least squares). `--pid` reads /proc and so needs Linux
 and the same machine. `--key` or the environment's KEY is sent where the server asks for one.
@@ -168,7 +169,7 @@ async def idle(target: Target, options: argparse.Namespace) -> Any:
         except OSError:
             failed += 1
     await asyncio.sleep(2.0)  # until all are accepted
-    during = process(options.pid)
+    during, held = process(options.pid), await gauge(target, "sog_connections")
     alive = await crowd(target, 4, 20)
     refused = closed = 0
     for reader, _ in opened:
@@ -181,9 +182,15 @@ async def idle(target: Target, options: argparse.Namespace) -> Any:
         writer.close()
     grown = (during.get("rss_kb", 0) - before.get("rss_kb", 0)) / max(1, len(opened) - refused)
     return {
-        "opened": len(opened), "not_opened": failed, "refused_503": refused, "closed": closed,
+        "opened": len(opened), "not_opened": failed, "held": held, "refused_503": refused, "closed_after": closed,
         "seconds": round(time.perf_counter() - began, 2), "kb_per_connection": round(grown, 1), "answers": alive,
     }  # fmt: skip
+
+
+async def gauge(target: Target, name: str) -> float:
+    """One number of the server's metrics."""
+    text = await target.once("/metrics")
+    return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{name} ")))
 
 
 async def leave(target: Target, options: argparse.Namespace) -> Any:

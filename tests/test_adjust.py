@@ -37,7 +37,7 @@ def some(rng: random.Random) -> SamplingParams:
         repetition_penalty=rng.choice([1.0, 0.7, 1.5]),
         presence_penalty=rng.choice([0.0, -1.0, 0.6]),
         frequency_penalty=rng.choice([0.0, -0.3, 0.4]),
-        logit_bias=rng.choice([(), ((3, 5.0), (7, -100.0), (3, 1.0))]),
+        logit_bias=rng.choice([(), ((3, 5.0), (7, -100.0), (3, 1.0)), ((7, -100), (3, 2))]),
     )
 
 

@@ -409,6 +409,19 @@ def test_a_harness_scores_its_prompt_by_echo(client: TestClient, script: Scripte
     assert len(only["choices"][0]["logprobs"]["tokens"]) == 3 and only["usage"]["completion_tokens"] == 0
 
 
+def test_a_token_that_ends_the_answer_is_scored_though_it_has_no_text(client: TestClient, script: ScriptedLoop) -> None:
+    """A harness that asks for one token more than it scores takes the last log-probability away, whatever it is."""
+    script.say = lambda _, __: ""
+    sent = {"prompt": [[70, 71, 72]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True}
+    (choice,) = client.post("/v1/completions", json=sent).json()["choices"]
+    assert choice["finish_reason"] == "stop" and choice["text"] == "".join(choice["logprobs"]["tokens"][:3])
+    assert choice["logprobs"]["token_logprobs"] == [None, -71.0, -72.0, -0.25]
+    assert choice["logprobs"]["tokens"][3] == "<|im_end|>"
+    streamed = client.post("/v1/completions", json={**sent, "stream": True, "echo": False}).text
+    chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    assert [chunk["choices"][0]["logprobs"]["tokens"] for chunk in chunks] == [["<|im_end|>"]]
+
+
 def test_a_streamed_completion_ends_like_a_whole_one(client: TestClient) -> None:
     sent = {"prompt": "2+2?", "logprobs": 0, "echo": True}
     (whole,) = client.post("/v1/completions", json=sent).json()["choices"]

@@ -31,7 +31,8 @@ def adjust(
         row[ids] -= params.presence_penalty + params.frequency_penalty * often
     if params.logit_bias:
         tokens, biases = zip(*params.logit_bias, strict=True)
-        row.index_add_(0, torch.tensor(tokens, device=row.device), torch.tensor(biases, device=row.device))
+        added = torch.tensor(biases, dtype=row.dtype, device=row.device)  # they may be whole numbers
+        row.index_add_(0, torch.tensor(tokens, device=row.device), added)
     if mask is not None:
         row[len(mask) :] = -torch.inf
         row[: len(mask)].masked_fill_(torch.from_numpy(~mask[: len(row)]).to(row.device), -torch.inf)

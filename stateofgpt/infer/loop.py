@@ -2,7 +2,8 @@
 
 Owns: the one thread that steps an engine, and the hand-over of requests to it and of events from it. Others never
 touch the engine: they leave commands, which the thread carries out before its next step, so a cancelled request is
-gone within one step. Knows nothing of text or HTTP.
+gone within one step. A step that fails ends the requests in it and no others. Where the thread itself ends, everybody
+who waits is told, and so is whoever asks for more. Knows nothing of text or HTTP.
 """
 
 from __future__ import annotations
@@ -18,6 +19,19 @@ from stateofgpt.errors import ModelError
 from stateofgpt.infer.engine import Engine, Event
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.infer.score import Scored
+
+FRUITLESS = 8  # steps that fail one after the other although no request is left to blame
+
+
+class EngineFailed(ModelError):
+    """A step failed, and this request was in it. The cause is `__cause__`, and is nobody's business but the log's."""
+
+
+class EngineDied(ModelError):
+    """The engine's thread has ended: there will be no more answers from this engine."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine has stopped working; try again in a moment")
 
 
 class EngineLoop:
@@ -35,6 +49,7 @@ class EngineLoop:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # for the engine's thread: there is something to do
         self._closed = False
+        self.died: BaseException | None = None  # what ended the thread, unless it was closed
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -85,7 +100,7 @@ class EngineLoop:
 
     def events(self, requests: Iterable[int]) -> Iterator[Event]:
         """Events of `requests` as they come, until all are finished or cancelled. One may be extended when its finish
-        is seen. Raises ModelError if the engine failed on one of them."""
+        is seen. Raises ModelError if the engine failed on one of them (EngineFailed, EngineDied) or was closed."""
         wanted = list(requests)
         bell = threading.Condition(self._lock)
         while True:
@@ -126,8 +141,7 @@ class EngineLoop:
         """Have something computed between two steps."""
         future: Future[Any] = Future()
         with self._changed:
-            if self._closed:
-                raise ModelError("the engine is closed, nothing more can be computed")
+            self._refuse_if_over()
             self._jobs.append((work, future))
             self._changed.notify_all()
         return future
@@ -147,16 +161,21 @@ class EngineLoop:
     @property
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        return self.died is None and self._thread.is_alive()
 
     def _open_for(self, request: int, command: Callable[[], object]) -> None:
         with self._changed:
-            if self._closed:
-                raise ModelError("the engine is closed, no more requests can be added")
+            self._refuse_if_over()
             self._inbox.setdefault(request, deque())
             self._open.add(request)
             self._commands.append(lambda: self._try(request, command))
             self._changed.notify_all()
+
+    def _refuse_if_over(self) -> None:
+        if self.died is not None:
+            raise EngineDied from self.died
+        if self._closed:
+            raise ModelError("the engine is closed, nothing more can be computed")
 
     # ---- the engine's own thread ----------------------------------------------------------------------------------
 
@@ -167,6 +186,23 @@ class EngineLoop:
             self._fail([request], error)
 
     def _run(self) -> None:
+        """The thread: however it ends, nobody is left waiting."""
+        over = ModelError("the engine was closed before this was complete")
+        try:
+            self._work()
+        except BaseException as error:  # not even SystemExit may leave others waiting
+            self.died, over = error, EngineDied()
+            over.__cause__ = error
+        with self._changed:
+            waiting, jobs = list(self._open), list(self._jobs)
+            self._jobs.clear()
+            self._commands.clear()
+        self._fail(waiting, over)
+        for _, future in jobs:
+            future.set_exception(over)
+
+    def _work(self) -> None:
+        fruitless = 0
         while True:
             with self._changed:
                 while not (self._commands or self._jobs or self._closed) and self.engine.idle:
@@ -182,11 +218,13 @@ class EngineLoop:
                 for command in commands:
                     command()
                 self._deliver(self.engine.step())
+                fruitless = 0
             except Exception as error:  # the thread must outlive any failure of a step: the next request may be well
-                self._abandon(ModelError(f"the engine failed: {error}"))
-        self._abandon(ModelError("the engine was closed before the answer was complete"))
-        for _, future in self._jobs:
-            future.set_exception(ModelError("the engine was closed before this was computed"))
+                fruitless = 0 if self._abandon(error) else fruitless + 1
+                if fruitless == FRUITLESS:
+                    raise
+        for request in list(self._inbox):
+            self.engine.cancel(request)
 
     def _deliver(self, events: list[Event]) -> None:
         with self._changed:
@@ -197,12 +235,16 @@ class EngineLoop:
                     self._inbox[event.request].append(event)
             self._ring([event.request for event in events])
 
-    def _abandon(self, error: ModelError) -> None:
+    def _abandon(self, cause: Exception) -> bool:
+        """A step failed: end all requests there are. False where there was none."""
         with self._changed:
             affected = list(self._inbox)
+        error = EngineFailed(f"the engine failed: {cause}")
+        error.__cause__ = cause
         for request in affected:
             self.engine.cancel(request)
         self._fail([r for r in affected if r in self._open], error)
+        return bool(affected)
 
     def _fail(self, requests: Sequence[int], error: ModelError) -> None:
         with self._changed:
@@ -223,5 +265,9 @@ def _do(work: Callable[[], Any], future: Future[Any]) -> None:
         future.set_result(work())
     except ModelError as error:
         future.set_exception(error)
-    except Exception as error:
-        future.set_exception(ModelError(f"the engine failed: {error}"))
+    except BaseException as error:
+        failed = EngineFailed(f"the engine failed: {error}")
+        failed.__cause__ = error
+        future.set_exception(failed)
+        if not isinstance(error, Exception):
+            raise

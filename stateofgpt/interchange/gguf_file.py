@@ -59,7 +59,7 @@ def read(path: Path, origin: Origin | None = None) -> Imported:
     stored = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(metadata, path, tied=_HEAD not in stored)
     words = vocabulary(metadata, config.vocab_size, str(path))
-    names = dict(_names(config))
+    names = dict(tensor_names(config))
     expected = _shapes(config)
     if missing := sorted(names.keys() - stored.keys()) or sorted(stored.keys() - names.keys()):
         what = "lacks" if missing[0] in names else "holds the unknown"
@@ -148,7 +148,7 @@ def _real(own: Mapping[str, Any], key: str, path: Path, default: float | None = 
     return float(f"{value:.7g}")  # the file has float32: 1e-5 would come out as 9.999999747378752e-06
 
 
-def _names(config: GPTConfig) -> Iterator[tuple[str, str]]:
+def tensor_names(config: GPTConfig) -> Iterator[tuple[str, str]]:
     """The name of every tensor in GGUF, and in transformers."""
     yield "token_embd.weight", "model.embed_tokens.weight"
     yield "output_norm.weight", "model.norm.weight"

@@ -187,3 +187,9 @@ def from_interleaved(weight: Tensor, heads: int) -> Tensor:
     """
     rows, width = weight.shape
     return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
+
+
+def to_interleaved(weight: Tensor, heads: int) -> Tensor:
+    """The way back from `from_interleaved`."""
+    rows, width = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)

@@ -30,11 +30,11 @@ from stateofgpt.data.feedback import (
     StoredMessage,
     UnknownMessage,
 )
-from stateofgpt.errors import FeedbackError, StateOfGptError
+from stateofgpt.errors import FeedbackError
 from stateofgpt.serve import protocol
 from stateofgpt.serve.answering import Answer, Assistant, gathered
 from stateofgpt.serve.fields import ApiError, flag, identifier, parse_body, text
-from stateofgpt.serve.guard import read_body, report_bug
+from stateofgpt.serve.guard import read_body, sentence
 from stateofgpt.serve.service import Service, apart, who_asks
 from stateofgpt.serve.streams import EventStream, Pieces
 from stateofgpt.text.chat import Conversation, Message
@@ -62,7 +62,10 @@ class Desk:
     # -- the page's API ------------------------------------------------------------------------------------------
 
     async def health(self, _: Request) -> Response:
-        return JSONResponse({"status": "ok", "model": self.assistant.name, "answers_running": len(self.running)})
+        failed = self.service.shelf.failed
+        status = "failed" if failed else "ok"
+        known = {"status": status, "model": self.assistant.name, "answers_running": len(self.running)}
+        return JSONResponse(known, 503 if failed else 200)
 
     async def model(self, _: Request) -> Response:
         """Who answers here, and what there is to learn from so far."""
@@ -196,8 +199,7 @@ class Desk:
             elif (shown := protocol.show_event(event)) is not None:
                 yield shown
         if result.error is not None:
-            known = isinstance(result.error, StateOfGptError)
-            yield {"type": "error", "message": str(result.error) if known else report_bug(result.error)}
+            yield {"type": "error", "message": sentence(result.error)}
         node, problem = self._store_answer(draft, result, model, save_user, saving)
         if problem:
             yield {"type": "note", "text": f"Not stored: {problem}."}

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stateofgpt.data.feedback import FeedbackConflict, FeedbackRefused, UnknownMessage
 from stateofgpt.errors import FeedbackError, ServeError, StateOfGptError
+from stateofgpt.infer.loop import EngineDied, EngineFailed
 from stateofgpt.serve.access import Access
 from stateofgpt.serve.fields import MAX_BODY_BYTES, ApiError
 from stateofgpt.serve.protocol import error_body
@@ -164,17 +165,23 @@ def refuse(error: Exception) -> JSONResponse:
         words = {404: "there is nothing at this address", 405: "this address does not take this method"}
         message = words.get(error.status_code, str(error.detail))
         return JSONResponse(error_body(message, error.status_code), error.status_code, dict(error.headers or {}))
-    if isinstance(error, StateOfGptError):
+    if isinstance(error, StateOfGptError) and not isinstance(error, EngineFailed):
         kinds = ((UnknownMessage, 404), (FeedbackConflict, 409), (FeedbackRefused, 400), (FeedbackError, 503))
         status = next((status for kind, status in kinds if isinstance(error, kind)), 400)
         if isinstance(error, UnknownModel):
             status = 404
-        elif isinstance(error, ServeError):
+        elif isinstance(error, ServeError | EngineDied):
             status = 503
         if status == 503:
             headers["retry-after"] = "2"
         return JSONResponse(error_body(str(error), status), status, headers)
     return JSONResponse(error_body(report_bug(error), 500), 500, {"x-should-retry": "false"})
+
+
+def sentence(error: Exception) -> str:
+    """What may be said of an error to whoever asked."""
+    known = isinstance(error, StateOfGptError) and not isinstance(error, EngineFailed)
+    return str(error) if known else report_bug(error)
 
 
 def report_bug(error: BaseException) -> str:

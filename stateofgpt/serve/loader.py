@@ -160,7 +160,8 @@ class LoadedAssistant:
     def continued(
         self, ids: Sequence[int], params: SamplingParams, stopped: threading.Event, tenant: str = ""
     ) -> Iterator[Streamed]:
-        """The text that follows `ids`, and last of all Done."""
+        """The text that follows `ids`, and last of all Done. Every token that was drawn is in a delta, with no text if
+        it has none, as the one has that ends it all."""
         engine = _Stoppable(self._loop, stopped, tenant)
         params = replace(params, stop_ids=tuple(dict.fromkeys((*params.stop_ids, *self.tokenizer.stops))))
         request = engine.add(ids, params)
@@ -170,12 +171,11 @@ class LoadedAssistant:
         try:
             for event in engine.events([request]):
                 drawn.append(event)
-                ends = event.token in params.stop_ids
-                if not ends:
-                    waiting.append(event)
-                last = event.finish is not None
+                waiting.append(event)
+                ends, last = event.token in params.stop_ids, event.finish is not None
                 data = b"" if ends else self.tokenizer.decode_bytes([event.token], inner=True)
-                if text := decoder.decode(data, final=last):
+                text = decoder.decode(data, final=last)
+                if text or last:
                     yield TextDelta(text, tuple(waiting))
                     waiting = []
             finish = drawn[-1].finish if drawn else None
@@ -206,6 +206,11 @@ class LoadedAssistant:
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
         return self._loop.alive
+
+    @property
+    def died(self) -> BaseException | None:
+        """What ended the engine's thread."""
+        return self._loop.died
 
     def load(self) -> dict[str, float]:
         """What the engine is doing now."""

@@ -1,7 +1,8 @@
 """The server as a process: its socket, its models, its signals, and how it ends.
 
-Owns: where it may listen, how many connections the machine allows it, that SIGUSR1 reads the models' folders again, and
-that SIGTERM lets answers finish before it leaves. Knows no route.
+Owns: where it may listen, how many connections the machine allows it, that SIGUSR1 reads the models' folders again,
+that SIGTERM lets answers finish before it leaves, and that it leaves with an error where an engine cannot be kept
+alive. Knows no route.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from stateofgpt.serve.app import create_app
 from stateofgpt.serve.config import Config
 from stateofgpt.serve.connection import MAX_HEADER_BYTES, Patience, protocol_class
 from stateofgpt.serve.guard import LOOPBACK
+from stateofgpt.serve.keeper import EngineLost, Keeper
 from stateofgpt.serve.keys import KeyRing
 from stateofgpt.serve.metrics import Metrics
 from stateofgpt.serve.shelf import Shelf
@@ -39,7 +41,7 @@ def serve(
     model_dirs: Sequence[Path] | Path, feedback: Path | str, config: Config | None = None, keys: Path | None = None
 ) -> None:
     """Serve model folders until Ctrl-C, the first one on the page. Raises ServeError when the address or the keys
-    cannot be used, before loading anything."""
+    cannot be used, before loading anything, and EngineLost when an engine died and could not be brought back."""
     config = config or Config()
     folders = [model_dirs] if isinstance(model_dirs, Path) else list(model_dirs)
     ring = None if keys is None else KeyRing(keys)
@@ -81,12 +83,15 @@ def listen(host: str, port: int, *, anywhere: bool = False) -> socket.socket:
 
 
 def run_server(app: Starlette, listener: socket.socket, config: Config) -> None:
-    """Run `app` on a listening socket until a signal ends it."""
+    """Run `app` on a listening socket until a signal ends it, or EngineLost."""
     logging.getLogger("asyncio").addFilter(_worth_telling)
+    running = server(app, config)
     try:
-        server(app, config).run(sockets=[listener])
+        running.run(sockets=[listener])
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
+    if running.lost is not None:
+        raise running.lost
 
 
 def _worth_telling(record: logging.LogRecord) -> bool:
@@ -125,25 +130,33 @@ def room_for(connections: int) -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which lets answers finish for a while, and exchanges models at SIGUSR1."""
+    """uvicorn's server, which lets answers finish for a while, exchanges models at SIGUSR1, and ends with `lost` where
+    an engine cannot be kept alive."""
 
     def __init__(self, settings: uvicorn.Config, running: Running, shelf: Shelf, drain_s: float) -> None:
         super().__init__(settings)
         self._running, self._shelf, self._drain_s = running, shelf, drain_s
+        self._keeper = Keeper(shelf, self._give_up)
+        self.lost: EngineLost | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._keeper.start()
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGUSR1"):
             asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._reload)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._running.draining = True
+        self._keeper.stop()
         ending = asyncio.get_running_loop().call_later(self._drain_s, self._running.stop_all)
         try:
             await super().shutdown(sockets)
         finally:
             ending.cancel()
             self._running.stop_all()
+
+    def _give_up(self, lost: EngineLost) -> None:
+        self.lost, self.should_exit = lost, True
 
     def _reload(self) -> None:
         threading.Thread(target=self._reload_all, name="reload", daemon=True).start()

@@ -90,6 +90,11 @@ class Shelf:
         with self._lock:
             return dict(self._models)
 
+    @property
+    def failed(self) -> list[str]:
+        """The names of models whose engines do not run any more."""
+        return [name for name, held in self.models.items() if not getattr(held.assistant, "alive", True)]
+
     def lease(self, name: str | None = None) -> Lease:
         """The model of that name, or the default one, to be used until the lease ends."""
         with self._lock:

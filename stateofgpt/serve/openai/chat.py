@@ -13,13 +13,14 @@ from collections.abc import AsyncIterator, Callable
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from stateofgpt.errors import ConfigError, ModelError, StateOfGptError
+from stateofgpt.errors import ConfigError, ModelError
 from stateofgpt.infer.guide import Constraint
+from stateofgpt.infer.loop import EngineDied
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.serve import protocol
 from stateofgpt.serve.answering import Answer
 from stateofgpt.serve.fields import ApiError
-from stateofgpt.serve.guard import report_bug
+from stateofgpt.serve.guard import sentence
 from stateofgpt.serve.loader import ContextTooLong, LoadedAssistant
 from stateofgpt.serve.openai.requests import Asked, ChatRequest, parse_chat
 from stateofgpt.serve.openai.shapes import ChatShapes, Choice, Delta, usage
@@ -104,13 +105,18 @@ async def deltas(job: Job, choices: list[Choice]) -> AsyncIterator[tuple[int, De
             job.stops[index].set()
         if isinstance(piece, Answer):
             if piece.error is not None:
-                raise BrokenAnswer(sentence(piece.error))
+                raise BrokenAnswer(sentence(piece.error), 503 if isinstance(piece.error, EngineDied) else 500)
             if choices[index].finish is None:
-                raise BrokenAnswer(STOPPING)
+                raise BrokenAnswer(STOPPING, 503)
 
 
 class BrokenAnswer(Exception):
-    """An answer ended before it was complete; the sentence may be shown."""
+    """An answer ended before it was complete; the sentence may be shown. The status is 503 where it may be asked for
+    again."""
+
+    def __init__(self, sentence: str, status: int) -> None:
+        super().__init__(sentence)
+        self.status = status
 
 
 async def heard_out(job: Job, choices: list[Choice], request: Request) -> Response | None:
@@ -120,9 +126,8 @@ async def heard_out(job: Job, choices: list[Choice], request: Request) -> Respon
         async for _ in deltas(job, choices):
             pass
     except BrokenAnswer as error:
-        headers = {"retry-after": "2"} if str(error) == STOPPING else {"x-should-retry": "false"}
-        status = 503 if str(error) == STOPPING else 500
-        return JSONResponse(protocol.error_body(str(error), status), status, headers)
+        headers = {"retry-after": "2"} if error.status == 503 else {"x-should-retry": "false"}
+        return JSONResponse(protocol.error_body(str(error), error.status), error.status, headers)
     finally:
         job.stop.set()
         watching.cancel()
@@ -143,8 +148,3 @@ async def _streamed(job: Job, choices: list[Choice], shapes: ChatShapes, prompt_
     if shapes.include_usage:
         yield protocol.frame(shapes.usage_chunk(usage(prompt_tokens, choices)))
     yield protocol.frame("[DONE]")
-
-
-def sentence(error: Exception) -> str:
-    """What may be said of an error."""
-    return str(error) if isinstance(error, StateOfGptError) else report_bug(error)

@@ -134,7 +134,7 @@ ABOUT = {
     "/v1/models": "The models of this server.",
     "/v1/models/{id}": "One of them.",
     "/tokenizer_info": "Special tokens and chat template.",
-    "/health": "Alive.",
+    "/health": "Alive: the process answers, and every engine runs.",
     "/ready": "Ready for work.",
     "/version": "The version of the program.",
     "/metrics": "Counters, in Prometheus' text format.",

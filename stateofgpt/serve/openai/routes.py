@@ -81,13 +81,14 @@ def _shown(name: str, held: Held) -> dict[str, Any]:
 
 
 async def health(service: Service, _: Request) -> Response:
-    """Alive: the process answers."""
-    return JSONResponse({"status": "ok"})
+    """Alive: the process answers, and every model's engine runs."""
+    failed = service.shelf.failed
+    return JSONResponse({"status": "failed", "failed": failed} if failed else {"status": "ok"}, 503 if failed else 200)
 
 
 async def ready(service: Service, _: Request) -> Response:
     """Ready for work: every model's engine runs, and the server is not about to stop."""
-    dead = [name for name, held in service.shelf.models.items() if not getattr(held.assistant, "alive", True)]
+    dead = service.shelf.failed
     stopping = service.running.draining
     status = "stopping" if stopping else "failed" if dead else "ready"
     known = {"status": status, "models": list(service.shelf.models), "failed": dead}

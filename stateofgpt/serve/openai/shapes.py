@@ -67,7 +67,9 @@ class Choice:
             yield from self._text(self._until.rest())
             cut = piece.finish in ("length", "tool_limit")
             self.finish = "stop" if self.over else "length" if cut else "tool_calls" if self.calls else "stop"
-            yield Delta(finish=self.finish)
+            textless = () if self.over else tuple(self._waiting)  # such as the token that ended the answer
+            self.events += textless
+            yield Delta(drawn=textless, finish=self.finish)
 
     @property
     def tokens(self) -> int:

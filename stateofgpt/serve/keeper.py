@@ -1,0 +1,83 @@
+"""Looks after the engines of a server: one that has died is loaded anew from its folder.
+
+Owns: noticing it, how often that is done, and when it is given up. Knows nothing of HTTP, or of what an engine does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from stateofgpt.errors import ServeError, StateOfGptError
+from stateofgpt.serve.shelf import Shelf
+
+log = logging.getLogger("stateofgpt.serve")
+
+
+class EngineLost(ServeError):
+    """An engine died and could not be brought back: the process should end, and whoever watches it start it again."""
+
+    exit_code = 70  # as sysexits.h has it: a fault within the program
+
+
+class Keeper:
+    """Looks every `every_s` seconds, in a thread of its own, from `start` to `stop`.
+
+    More than `most` deaths within `within_s` seconds, or a folder that cannot be read any more, and it calls `give_up`
+    once with what to tell, and looks no more.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        give_up: Callable[[EngineLost], object],
+        *,
+        every_s: float = 0.5,
+        most: int = 3,
+        within_s: float = 600.0,
+    ) -> None:
+        self._shelf, self._give_up = shelf, give_up
+        self._every_s, self._most, self._within_s = every_s, most, within_s
+        self._deaths: deque[float] = deque()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more; a folder that is being read is read to its end."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._every_s):
+            for name in self._shelf.failed:
+                try:
+                    self._revive(name)
+                except EngineLost as lost:
+                    self._give_up(lost)
+                    return
+
+    def _revive(self, name: str) -> None:
+        cause = getattr(self._shelf.peek(name), "died", None)
+        log.error("the engine of %s has died; its folder is read again", name, exc_info=cause)
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - self._within_s:
+            self._deaths.popleft()
+        if len(self._deaths) > self._most:
+            raise EngineLost(
+                f"the engine of {name} died again, {len(self._deaths)} times within {self._within_s:g} s: the server "
+                "ends, and its log has what happened"
+            )
+        try:
+            self._shelf.reload(name)
+        except StateOfGptError as error:
+            raise EngineLost(f"the engine of {name} died and could not be loaded again ({error})") from error
+        except Exception as error:
+            log.exception("%s could not be loaded again", name)
+            raise EngineLost(f"the engine of {name} died and could not be loaded again ({error!r})") from error
+        log.error("the engine of %s works again after %.1f s", name, time.monotonic() - now)
