@@ -1,14 +1,18 @@
 """Completions per second of policy optimisation: GRPO, ours against trl's trainer with the generation of transformers.
 
-    python benchmarks/bench_rl.py [--pairs 5] [--updates 4] [--prompts 16 --samples 4 --tokens 64] [--plain]
+    python benchmarks/bench_rl.py [--pairs 5] [--updates 4] [--prompts 16 --samples 4 --tokens 64]
+                                  [--ends 0.03 --part 1024] [--dtype float32,bfloat16] [--plain] [--torch-engine]
 
 One Qwen3 shape of about ten million parameters with random weights, one tokenizer, the same prompts, samples, most
-tokens and number of updates, float32 on both sides, a reward that costs nothing (the share of digits in the answer),
-a reference model, one update per batch, Adam. Gate first: both sides find the same log-probabilities for the same ids
-within 1e-4. Then, in turn, a few iterations of each; the first one of each is not counted. What an iteration of ours
-spends on drawing, on scoring (reward, reference and log-probabilities) and on training is told apart; of the peer, what
-its trainer spends on drawing and scoring together, and on the rest. An untrained model hardly ever ends a turn, so that
-nearly all answers have the most tokens there may be; the mean is told for both.
+tokens and number of updates, a reward that costs nothing (the share of digits in the answer), a reference model, one
+update per batch, Adam. With `--dtype bfloat16` both sides train in it (the peer's own default) over float32 weights;
+with two, ours trains in the first and the peer in the second. Gate first: both sides find the same log-probabilities
+for the same ids within 1e-4 in float32. Then, in turn, a few iterations of each; the first one of each is not counted.
+What an iteration of ours spends on drawing, on scoring (reward, reference and log-probabilities) and on training is
+told apart; of the peer, what its trainer spends on drawing and scoring together, and on the rest. An untrained model
+hardly ever ends a turn, so that nearly all answers have the most tokens there may be; with `--ends` it is made to end
+its turn after about that share of tokens, as answers of a trained model are of many lengths. The mean is told for both.
+`--part` lets ours update in parts of like length (`rl.ppo.part_tokens`).
 """
 
 from __future__ import annotations
@@ -67,6 +71,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
         head_dim=64,
         intermediate_size=3 * options.width,
         max_position_embeddings=options.tokens + 64,
+        tie_word_embeddings=not options.ends,
     )
     model = GPT(config)
     model.init_weights(torch.Generator().manual_seed(0))
@@ -74,7 +79,26 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     for name, p in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):  # they begin at zero
             torch.nn.init.normal_(p, std=0.02, generator=generator)
+    if options.ends:
+        end_with(model, ChatFormat(tokenizer).end, options.ends)
     save_checkpoint(folder, model, tokenizer=tokenizer, stage="sft", run="bench", parents=[], metrics={})
+
+
+@torch.no_grad()
+def end_with(model: GPT, end: int, share: float) -> None:
+    """Let the model end its turn after about `share` of all tokens, whatever they are: the first of its hidden numbers
+    is the same for every token, and nothing but the end's logit looks at it."""
+    model.model.embed_tokens.weight[:, 0] = model.model.embed_tokens.weight.std()
+    for name, p in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            p[0] = 0.0
+    model.lm_head.weight[:, 0] = 0.0
+    model.lm_head.weight[end] = 0.0
+    ids = torch.randint(model.config.vocab_size, (8, 64), generator=torch.Generator().manual_seed(2))
+    hidden = model.model(ids)
+    others = model.lm_head(hidden).logsumexp(-1).mean()
+    odds = torch.tensor(share / (1.0 - share))
+    model.lm_head.weight[end, 0] = (others + odds.log()) / hidden[..., 0].mean()
 
 
 class Ours:
@@ -90,16 +114,17 @@ class Ours:
             policy,
             load_model(folder),
             VerifiedScorer(self._score, end_id=self.chat.end),
-            UpdateConfig(epochs=1, minibatches=1, policy=adam),
+            UpdateConfig(epochs=1, minibatches=1, policy=adam, part_tokens=options.part),
             GroupConfig(kl_loss=KL),
             group=options.samples,
             max_tokens=options.tokens,
             pad_id=self.chat.tokenizer.pad,
-            way=Way("float32", fused=not options.plain),
-            logprobs="engine",
+            way=Way(options.ours, fused=not options.plain),
+            logprobs="engine" if options.ours == "float32" else "training",
         )
         self.learner.scores = self._scores  # type: ignore[method-assign]
-        self.session = Session(Engine(policy, max_batch=options.prompts * options.samples), self.chat)
+        engine = Engine(policy, max_batch=options.prompts * options.samples, native=not options.torch_engine)
+        self.session = Session(engine, self.chat)
 
     def _score(self, problem: Problem, messages: Conversation) -> float:
         return digits(final_text(messages))
@@ -175,7 +200,7 @@ def theirs(folder: Path, options: argparse.Namespace, updates: int) -> Sides:
             weight_decay=0.0,
             lr_scheduler_type="constant",
             optim="adamw_torch_fused",
-            bf16=False,
+            bf16=options.theirs == "bfloat16",
             use_cpu=True,
             gradient_checkpointing=False,
             shuffle_dataset=False,
@@ -214,7 +239,7 @@ def gate(folder: Path, options: argparse.Namespace) -> None:
     """Both sides, and our engine, find the same log-probabilities."""
     from transformers import AutoModelForCausalLM
 
-    ours = Ours(folder, options)
+    ours = Ours(folder, argparse.Namespace(**{**vars(options), "ours": "float32"}))
     turns = ours.draw(0)[:8]
     rollouts = rollouts_of(turns, ours.chat.tokenizer.pad)
     mine, _ = policy_logprobs(ours.learner.policy, rollouts, ours.learner.way)
@@ -253,8 +278,13 @@ def main() -> None:
     }
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--ends", type=float, default=0.0, help="share of tokens after which a turn ends")
+    parser.add_argument("--part", type=int, help="tokens of answers that ours updates together")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16, or ours and the peer's")
     parser.add_argument("--plain", action="store_true", help="without the fused kernels")
+    parser.add_argument("--torch-engine", action="store_true", help="ours draws by torch's operations")
     options = parser.parse_args()
+    options.ours, options.theirs = (options.dtype.split(",") * 2)[:2]
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
         prepare(folder, options)

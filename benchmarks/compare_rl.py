@@ -1,14 +1,15 @@
 """Ways of reinforcement learning at equal seconds, from the SFT and reward model of finished runs: one table.
 
-    python benchmarks/compare_rl.py RUN [RUN ...] --out DIR [--seconds 60] [--seeds 0,1,2] [--only ppo,grpo]
-                                    [--shares 0.01,0.1,1] [--switches]
+    python benchmarks/compare_rl.py RUN [RUN ...] --out DIR [--seconds 60] [--seeds 0,1,2] [--most N]
+                                    [--only ppo,grpo] [--shares 0.01,0.1,1] [--switches]
 
 Every way is a policy training of the rl stage with some settings changed (`WAYS`); with `--shares` PPO also climbs
 reward models of a part of the labels, and with `--switches` PPO's own settings are switched one at a time. After each
 training the new policy and SFT answer the same held-out prompts, which no stage asks, and the simulated labeller
-without noise, which nothing was trained on, scores and compares them. Intervals resample prompts of all runs and seeds;
-what differs from one SFT model to another shows only with several runs. Results are kept in DIR and read back: the same
-command continues.
+without noise, which nothing was trained on, scores and compares them. Intervals resample whole trainings and, within
+each, prompts: what differs from one SFT model to another shows only with several runs. With `--most` only the first N
+of (run, seed) are trained, all runs with the first seed before any with the second. Results are kept in DIR and read
+back: the same command continues, and a table of more is made without training again.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ from stateofgpt.run import Run, read_json, write_json
 from stateofgpt.stages import arena, rl
 from stateofgpt.stages.proxies import of_a_share
 from stateofgpt.stages.way import way_of
-from stateofgpt.text.chat import ChatFormat
+from stateofgpt.text.chat import ChatFormat, Conversation, message_from_json, message_to_json
 from stateofgpt.text.tokenizer import Tokenizer
+from stateofgpt.train.loss import Way
 
 FIRST = 60_000  # the index of the first held-out prompt asked here
+HELD_OUT = 96  # prompts of the measure before and after, which gives KL and entropy
 TEMPERATURE = 0.7  # as in the arena
 
 
@@ -65,18 +68,22 @@ WAYS = (
     Variant("ppo, verified", {"reward": "verified"}),
     Variant("grpo, verified", {"algorithm": "grpo", "reward": "verified"}),
 )
+RUSH = {"ppo.kl_coefficient": "0", "ppo.policy.optim.lr": "1e-3"}  # a policy that has to be stopped
 SWITCHES = (
     Variant("ppo, no KL penalty", {"ppo.kl_coefficient": "0"}),
     Variant("ppo, 4 times the penalty", {"ppo.kl_coefficient": "0.6"}),
-    Variant("ppo, KL held at 1 nat", {"ppo.kl_target": "1.0"}),
     Variant("ppo, one epoch", {"ppo.epochs": "1"}),
     Variant("ppo, no ratio clip", {"ppo.clip": "1e6"}),
     Variant("ppo, no value clip", {"ppo.value_clip": "1e6"}),
     Variant("ppo, lambda 1", {"ppo.lam": "1.0"}),
-    Variant("ppo, no end is no fault", {"ppo.no_end_score": "0.0"}),
-    Variant("ppo, twice the rate", {"ppo.policy.optim.lr": "3e-4"}),
-    Variant("ppo, half the batch", {"batch": "32"}),
+    Variant("ppo, updates in parts", {"ppo.part_tokens": "1024"}),
     Variant("ppo, without guards", {"guards.every": "0"}),
+    Variant("ppo in a rush", RUSH),
+    Variant("ppo in a rush, without guards", {**RUSH, "guards.every": "0", "max_kl": "1e9"}),
+    Variant("ppo, twice the rate", {"ppo.policy.optim.lr": "3e-4"}),
+    Variant("ppo, KL held at 1 nat", {"ppo.kl_target": "1.0"}),
+    Variant("ppo, half the batch", {"batch": "32"}),
+    Variant("ppo, no end is no fault", {"ppo.no_end_score": "0.0"}),
 )
 
 
@@ -87,18 +94,27 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--iterations", type=int, help="in place of the seconds")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--most", type=int, help="trainings of each way")
     parser.add_argument("--only", default="ppo,grpo,dpo", help='names of ways, or "all"')
     parser.add_argument("--shares", default="", help="as 0.01,0.1,1")
     parser.add_argument("--switches", action="store_true")
     parser.add_argument("--prompts", type=int, default=256)
     options = parser.parse_args()
-    rows = []
-    for variant in variants(options):
-        found = [one(variant, run, int(seed), options) for run in options.runs for seed in options.seeds.split(",")]
-        rows.append(row(variant.name, found))
-        print(as_text([rows[-1]], head=len(rows) == 1), flush=True)
+    ways, found = variants(options), {}
+    for run, seed in trainings(options):  # all ways in turn, so that a slower hour is every way's
+        for variant in ways:
+            found[variant.name, run, seed] = measured = one(variant, run, seed, options)
+            print(f"{variant.name}, {run.name}, seed {seed}: won {fmean(measured['won']):.1%}", flush=True)
+    rows = [row(v.name, [found[v.name, run, seed] for run, seed in trainings(options)]) for v in ways]
+    print(as_text(rows))
     about = {"seconds": options.seconds, "prompts": options.prompts, "threads": torch.get_num_threads()}
-    print(json.dumps({**about, "runs": [str(run) for run in options.runs], "rows": rows}))
+    print(json.dumps({**about, "trainings": [[run.name, seed] for run, seed in trainings(options)], "rows": rows}))
+
+
+def trainings(options: argparse.Namespace) -> list[tuple[Path, int]]:
+    """The runs and seeds that every way is trained with."""
+    pairs = [(run, int(seed)) for seed in options.seeds.split(",") for run in options.runs]
+    return pairs[: options.most]
 
 
 def variants(options: argparse.Namespace) -> list[Variant]:
@@ -116,13 +132,14 @@ def one(variant: Variant, source: Path, seed: int, options: argparse.Namespace) 
     """Train one policy from a run's models, and measure it; kept in the folder of its own."""
     old = Run.read(source)
     limit = {"seconds": options.seconds} if options.iterations is None else {"iterations": options.iterations}
-    config = apply_overrides(rl.Config(**limit, guards=GuardConfig()), variant.settings)
+    config = rl.Config(**limit, held_out_prompts=HELD_OUT, guards=GuardConfig())
+    config = apply_overrides(config, variant.settings)
     place = options.out / source.name / f"{variant.name.replace(' ', '_').replace(',', '')}-{seed}"
     asked = {"rl": to_dict(config), "source": str(source.resolve()), "share": variant.share, "prompts": options.prompts}
     with Run.open(place, "compare", asked, seed) as run:
         if (place / "measured.json").exists():
-            kept: dict[str, Any] = read_json(place / "measured.json")
-            return kept
+            known: dict[str, Any] = read_json(place / "measured.json")
+            return known
         start, way, stage = old.stage("sft").checkpoint, way_of(old), run.stage("rl")
         chat = ChatFormat(Tokenizer.load(start))
         reward, usual = old.stage("reward").checkpoint, old.stage("reward").result() or {}
@@ -141,56 +158,77 @@ def one(variant: Variant, source: Path, seed: int, options: argparse.Namespace) 
             )
         keys = ("iterations", "stopped", "kl", "entropy_sft", "entropy_rl")
         measured = {"seconds": stage.seconds(), **{key: result[key] for key in keys}}
-        measured |= battles(start, stage.checkpoint, seed, options.prompts)
+        measured |= {"best_step": result["guards"].get("best_step"), "reward": result["after"]["proxy_reward"]}
+        kept = options.out / source.name / f"sft-{seed}-{options.prompts}.json"
+        before = answers(start, seed, options.prompts, way, kept)
+        after = answers(stage.checkpoint, seed, options.prompts, way)
+        measured |= battles(seed, options.prompts, before, after)
         write_json(place / "measured.json", measured)
         return measured
 
 
-def battles(before: Path, after: Path, seed: int, n: int) -> dict[str, Any]:
+def answers(model: Path, seed: int, n: int, way: Way, kept: Path | None = None) -> list[Conversation]:
+    """What a model answers to the prompts; read from the file `kept` where that is there."""
+    if kept is not None and kept.exists():
+        return [tuple(map(message_from_json, answer)) for answer in read_json(kept)]
+    asked = [conversation(p) for p in prompts(seed, n, PromptConfig(), "heldout", FIRST)]
+    config = replace(arena.Config(), temperature=TEMPERATURE)
+    told = arena.answers_of(load_model(model), Tokenizer.load(model), asked, config, seed, way.native)
+    if kept is not None:
+        write_json(kept, [[message_to_json(message) for message in answer] for answer in told])
+    return told
+
+
+def battles(seed: int, n: int, before: Sequence[Conversation], after: Sequence[Conversation]) -> dict[str, Any]:
     """Scores of both policies and who is better, prompt by prompt."""
-    asked = prompts(seed, n, PromptConfig(), "heldout", FIRST)
-    tokenizer, config = Tokenizer.load(before), replace(arena.Config(), temperature=TEMPERATURE)
-    told = [
-        arena.answers_of(load_model(folder), tokenizer, [conversation(p) for p in asked], config, seed)
-        for folder in (before, after)
-    ]
-    labeller = SimulatedLabeller(seed)
+    asked, labeller = prompts(seed, n, PromptConfig(), "heldout", FIRST), SimulatedLabeller(seed)
     return {
-        "sft": [labeller.score(p, answer) for p, answer in zip(asked, told[0], strict=True)],
-        "true": [labeller.score(p, answer) for p, answer in zip(asked, told[1], strict=True)],
-        "won": [labeller.prefer(p, b, a) for p, a, b in zip(asked, *told, strict=True)],
+        "sft": [labeller.score(p, answer) for p, answer in zip(asked, before, strict=True)],
+        "true": [labeller.score(p, answer) for p, answer in zip(asked, after, strict=True)],
+        "won": [labeller.prefer(p, b, a) for p, a, b in zip(asked, before, after, strict=True)],
     }
 
 
 def row(name: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table's row: means over runs and seeds, intervals over all their prompts."""
-    keys = ("seconds", "iterations", "kl", "entropy_rl")
+    """The table's row: means over trainings, their intervals, and the win rate of each training."""
+    keys = ("seconds", "iterations", "kl", "entropy_sft", "entropy_rl")
     told: dict[str, Any] = {"name": name, "trained": len(found)}
     told |= {key: fmean(one[key] for one in found) for key in keys}
     for key in ("sft", "true", "won"):
-        values = np.array([value for one in found for value in one[key]])
+        values = np.array([one[key] for one in found])
         told[key], told[f"{key}_interval"] = float(values.mean()), interval(values)
+    told |= {"better": share_of(found, 1.0), "worse": share_of(found, 0.0)}
+    told["each"] = [{"kl": one["kl"], "true": fmean(one["true"]), "won": fmean(one["won"])} for one in found]
     return told | {"stopped": sum(bool(one["stopped"]) for one in found)}
 
 
+def share_of(found: Sequence[dict[str, Any]], verdict: float) -> float:
+    """Share of all prompts on which the verdict was this."""
+    return fmean(float(value == verdict) for one in found for value in one["won"])
+
+
 def interval(values: np.ndarray, resamples: int = 4000) -> list[float]:
-    """95 % bootstrap interval of a mean."""
-    drawn = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), resamples)
-    return [float(x) for x in np.quantile(drawn @ values / len(values), [0.025, 0.975])]
+    """95 % bootstrap interval of the mean of `values` [trainings, prompts]: trainings are drawn, then their prompts."""
+    (n, asked), rng = values.shape, np.random.default_rng(0)
+    drawn = np.zeros(resamples)
+    for chosen in rng.integers(n, size=(n, resamples)):
+        counts = rng.multinomial(asked, np.full(asked, 1 / asked), resamples)
+        drawn += (counts * values[chosen]).sum(1) / asked / n
+    return [float(x) for x in np.quantile(drawn, [0.025, 0.975])]
 
 
-def as_text(rows: Sequence[dict[str, Any]], *, head: bool) -> str:
+def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown."""
-    lines = []
-    if head:
-        lines += ["| | trained | s | iterations | KL | entropy | true score (SFT) | won against SFT | stopped |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
+    names = ("", "trained", "s", "iterations", "KL", "entropy (SFT)", "true score (SFT)", "won against SFT", "each")
+    lines = ["| " + " | ".join((*names, "stopped")) + " |", "|" + "---|" * (len(names) + 1)]
     for r in rows:
         true = f"{r['true']:.3f} [{r['true_interval'][0]:.3f}, {r['true_interval'][1]:.3f}] ({r['sft']:.3f})"
         won = f"{r['won']:.1%} [{r['won_interval'][0]:.1%}, {r['won_interval'][1]:.1%}]"
+        won += f" ({r['better']:.1%} better, {r['worse']:.1%} worse)"
+        each = ", ".join(f"{one['won']:.1%}" for one in r["each"])
         lines.append(
             f"| {r['name']} | {r['trained']} | {r['seconds']:.0f} | {r['iterations']:.0f} | {r['kl']:.2f} | "
-            f"{r['entropy_rl']:.3f} | {true} | {won} | {r['stopped']} |"
+            f"{r['entropy_rl']:.3f} ({r['entropy_sft']:.3f}) | {true} | {won} | {each} | {r['stopped']} |"
         )
     return "\n".join(lines)
 

@@ -168,6 +168,34 @@ def test_the_engines_log_probabilities_stand_for_those_of_the_training_pass(algo
     assert told_b["entropy"] == pytest.approx(told_a["entropy"], rel=0.25)  # an estimate from what was drawn
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", *ALGORITHMS])
+def test_an_update_in_parts_of_like_length_has_the_gradients_of_the_whole(algorithm: str) -> None:
+    found = []
+    for tokens in (None, 40):
+        config = UpdateConfig(epochs=1, minibatches=1, part_tokens=tokens, policy=FAST, value=FAST)
+        learner: Optimization
+        if algorithm == "ppo":
+            learner = PPO(
+                model(), model(2), ValueModel(RewardModel(model(1), PAD)), make("grpo").scorer, config,
+                pad_id=PAD, way=Way(),
+            )  # fmt: skip
+            learner.scores = counted  # type: ignore[method-assign]
+        else:
+            learner = make(algorithm, config=config)
+            learner.reference = model(2)
+        experience, watched = learner.experience(answers(model()))
+        passes: list[int] = []
+        learner.policy.model.register_forward_hook(lambda *a, passes=passes: passes.append(1) or None)
+        told = learner.update(experience, torch.Generator().manual_seed(0), 0.0, watched["kl"])
+        grads = [p.grad for t in learner.trainers.values() for p in t.model.parameters() if p.grad is not None]
+        found.append((told, grads, len(passes), len(experience.rollouts.ids)))
+    (told_a, a, n_a, _), (told_b, b, n_b, n) = found
+    assert n_a == 1 and 3 <= n_b <= n
+    assert told_a == pytest.approx(told_b, abs=1e-6) and len(a) == len(b) > 5
+    assert all(torch.allclose(x, y, atol=1e-6, rtol=1e-4) for x, y in zip(a, b, strict=True))
+    assert max(float(x.abs().max()) for x in a) > 1e-3
+
+
 # --------------------------------------------------------------------------------------------------- scores, settings
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from stateofgpt.data.comparisons import Ranking
 from stateofgpt.errors import ConfigError, DataError
+from stateofgpt.model.gpt import GPT
 from stateofgpt.rl.offline import answer_logprobs, dpo_loss, ipo_loss, kto_loss, margins, mismatched_divergence
 from stateofgpt.rl.optimization import UpdateConfig
 from stateofgpt.rl.preference import Answer, OfflineConfig, Pair, PreferenceOptimization, mismatched, pairs_of
-from stateofgpt.rl.rollout import laid_out, policy_logprobs
+from stateofgpt.rl.rollout import Rollouts, laid_out, policy_logprobs, sampled_logprobs
 from stateofgpt.rl.scoring import VerifiedScorer
 from stateofgpt.text.chat import ChatFormat, Message, ToolCall
 from stateofgpt.text.tokenizer import Tokenizer
@@ -193,6 +194,49 @@ def test_the_first_loss_is_that_of_indifference_and_updates_are_a_function_of_th
             learner.update(None, torch.Generator().manual_seed(seed), 1.0, 0.0)  # type: ignore[arg-type]
             ends.append(weights(learner.policy))
         assert equal(ends[0], ends[1])
+
+
+@pytest.mark.parametrize("tokens", [None, 40])
+def test_kto_asks_for_no_gradient_of_the_answers_to_other_prompts_and_none_of_the_others_changes(
+    tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make("kto", pairs=12, beta=0.3)
+    learner.config = replace(learner.config, minibatches=1, part_tokens=tokens)
+    learner.reference = model(2)
+    drawn = torch.randperm(24, generator=torch.Generator().manual_seed(4))[:12].tolist()
+    batch = learner._batch([learner.pairs[i] for i in drawn])
+    assert len(batch.reference) == 36
+    policy = answer_logprobs(policy_logprobs(learner.policy, batch.answers, Way())[0], batch.answers.mask)
+    z = (policy - batch.reference)[24:].mean().clamp(min=0.0)
+    liked = torch.arange(24) < 12
+    kto_loss(policy[:24], batch.reference[:24], liked, z, 0.3).mean().backward()
+    wanted = [p.grad.clone() for p in learner.policy.parameters() if p.grad is not None]
+
+    seen = {True: 0, False: 0}
+    passed = sampled_logprobs
+
+    def counted(policy: GPT, rollouts: Rollouts, way: Way) -> Tensor:
+        seen[torch.is_grad_enabled()] += len(rollouts.ids)
+        return passed(policy, rollouts, way)
+
+    monkeypatch.setattr("stateofgpt.rl.optimization.sampled_logprobs", counted)
+    learner.update(None, torch.Generator().manual_seed(4), 0.0, 0.0)  # type: ignore[arg-type]
+    assert seen == {True: 24, False: 12}
+    found = [p.grad for p in learner.policy.parameters() if p.grad is not None]
+    assert len(found) == len(wanted) and max(float(g.abs().max()) for g in wanted) > 1e-4
+    assert all(torch.allclose(x, y, atol=1e-6, rtol=1e-4) for x, y in zip(found, wanted, strict=True))
+
+
+def test_a_kto_state_from_before_goes_on_as_it_began() -> None:
+    learner, fresh = make("kto"), make("kto")
+    numbers = learner.numbers()
+    assert numbers.pop("apart") and "apart" not in make("dpo").numbers()
+    fresh.load(learner.tensors(), learner.numbers())
+    assert fresh.apart
+    fresh.load(learner.tensors(), numbers)
+    assert not fresh.apart and "apart" not in fresh.numbers()
+    told = [one.update(None, torch.Generator().manual_seed(1), 1.0, 0.0) for one in (learner, fresh)]  # type: ignore[arg-type]
+    assert told[0] == pytest.approx(told[1], abs=1e-5)
 
 
 def test_the_answers_looked_at_are_told_of_and_not_learned_from() -> None:

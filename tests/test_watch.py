@@ -188,7 +188,7 @@ def test_a_second_judge_learns_from_its_own_rankings_once_and_is_trusted_only_if
         assert result["n"] > 20 and f"{result['right']} of {result['n']} pairs" in judged.name
         assert (judged.judge is None) == (not better_than_a_coin(result["right"], result["n"]))
         monkeypatch.setattr("stateofgpt.stages.judge.better_than_a_coin", lambda right, n: True)
-        monkeypatch.setattr("stateofgpt.stages.judge.learn", None)  # it is read back, not trained again
+        monkeypatch.setattr("stateofgpt.stages.proxies.learn", None)  # it is read back, not trained again
         judge = second_judge(run, start, apart, chat, way_of(run)).judge
         turns = [Turn((), [chat.tokenizer.eot, 300], [301, chat.end], [1, 1], [0.0] * 2, "stop"),
                  Turn((), [chat.tokenizer.eot, 300], [301], [1], [0.0], "length")]  # fmt: skip

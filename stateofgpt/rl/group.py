@@ -26,7 +26,6 @@ from stateofgpt.rl.objective import (
     likelihood_loss,
 )
 from stateofgpt.rl.optimization import Experience, Logprobs, Optimization, Seen, UpdateConfig
-from stateofgpt.rl.rollout import policy_logprobs
 from stateofgpt.rl.scoring import Scorer
 from stateofgpt.train.loss import Way
 
@@ -104,7 +103,7 @@ class GroupOptimization(Optimization):
         return good & best_of(scores, self.group) if self.algorithm == "best_of_n" else good
 
     def _policy_loss(self, model: GPT, batch: Experience, sums: dict[str, float]) -> Tensor:
-        new, _ = policy_logprobs(model, batch.rollouts, self.way)
+        new = self._new_logprobs(model, batch.rollouts)
         mask = batch.rollouts.mask
         if self.algorithm in ("best_of_n", "rejection"):
             return likelihood_loss(new, mask)

@@ -152,6 +152,11 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
 
+def chosen_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """The first of the two alone."""
+    return F.log_softmax(logits.float(), dim=-1).gather(-1, targets[..., None]).squeeze(-1)
+
+
 def adapt_kl_coefficient(coefficient: float, kl: float, target: float, gain: float = 0.1) -> float:
     """Next KL coefficient after a batch whose KL was `kl`; `gain` is K_beta.
 

@@ -21,13 +21,21 @@ from stateofgpt.errors import ConfigError
 from stateofgpt.model.gpt import GPT
 from stateofgpt.model.lora import switched_off
 from stateofgpt.rl.objective import adapt_kl_coefficient, masked_mean
-from stateofgpt.rl.rollout import Rollouts, drawn_logprobs, policy_logprobs, rollouts_of
+from stateofgpt.rl.rollout import (
+    Rollouts,
+    drawn_logprobs,
+    in_parts,
+    policy_logprobs,
+    rollouts_of,
+    sampled_logprobs,
+)
 from stateofgpt.rl.scoring import Scorer
 from stateofgpt.train.loop import LoopConfig, Trainer
 from stateofgpt.train.loss import Batch, LanguageModelLoss, Way
 from stateofgpt.train.optim import OptimConfig
 
 Logprobs = Literal["engine", "training"]
+AT_ONCE = 16  # rows that are looked at in one pass
 
 
 def _adam(lr: float) -> LoopConfig:
@@ -41,6 +49,9 @@ class UpdateConfig:
     `kl_gain` is how fast the coefficient follows: the paper's 0.1 is for thousands of batches, a run here has tens.
     `value*`, `gamma` and `lam` are PPO's own, the rest is every algorithm's. `pretraining` is the weight of the loss on
     texts of pretraining, `pretraining_rows` of which go with every update (InstructGPT's PPO-ptx); None for none.
+    `part_tokens` is how many tokens of answers, in the order of their lengths, go through a model together in updates
+    and for their scores, so that short ones are not padded to the longest: the same mathematics in other last bits.
+    None: all of them.
     """
 
     epochs: int = 2
@@ -57,9 +68,10 @@ class UpdateConfig:
     value: LoopConfig = field(default_factory=lambda: _adam(3e-4))
     pretraining: float | None = None
     pretraining_rows: int | None = None
+    part_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "minibatches", "pretraining_rows"):
+        for name in ("epochs", "minibatches", "pretraining_rows", "part_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"ppo.{name} is {value}, must be at least 1")
         for name in ("clip", "value_clip", "kl_target", "pretraining"):
@@ -158,9 +170,9 @@ class Optimization(ABC):
             logprobs = drawn_logprobs(turns, rollouts)
             entropy = -logprobs
         else:
-            logprobs, entropy = self._in_parts(lambda part: policy_logprobs(self.policy, part, self.way), rollouts)
+            logprobs, entropy = in_parts(lambda part: policy_logprobs(self.policy, part, self.way), rollouts, AT_ONCE)
         with switched_off(self.reference):  # where it is the policy without its adapters
-            reference, _ = self._in_parts(lambda part: policy_logprobs(self.reference, part, self.way), rollouts)
+            reference, _ = in_parts(lambda part: policy_logprobs(self.reference, part, self.way), rollouts, AT_ONCE)
         scores = self.scores(turns, problems)
         watched = {
             "proxy_reward": scores.mean().item(),
@@ -208,6 +220,16 @@ class Optimization(ABC):
 
         sums["policy_loss"] += self.trainers["policy"].step([batch], loss, factor)["loss"]
 
+    def _new_logprobs(self, model: GPT, rollouts: Rollouts) -> Tensor:
+        """Log-probabilities [B, T] of the sampled tokens, to be learned by."""
+        return self._updated(lambda part: sampled_logprobs(model, part, self.way), rollouts)
+
+    def _updated(self, forward: Callable[[Rollouts], Tensor], rollouts: Rollouts) -> Tensor:
+        """A forward pass of an update, over all rows at once or in parts."""
+        if self.config.part_tokens is None:
+            return forward(rollouts)
+        return in_parts(lambda part: (forward(part),), rollouts, AT_ONCE, self.config.part_tokens)[0]
+
     @abstractmethod
     def _policy_loss(self, model: GPT, batch: Experience, sums: dict[str, float]) -> Tensor:
         """The mean loss of a minibatch; adds what there is to watch to `sums`."""
@@ -234,18 +256,3 @@ class Optimization(ABC):
             prefix = f"{name}."
             trainer.load({n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)})
         self.kl_coefficient = numbers["kl_coefficient"]
-
-    def _in_parts(
-        self, forward: Callable[[Rollouts], tuple[Tensor, ...]], rollouts: Rollouts, at_once: int = 16
-    ) -> tuple[Tensor, ...]:
-        """Run a forward pass over rows in parts of like length, and put the results back into [B, T]."""
-        B, T = rollouts.mask.shape
-        last = (rollouts.mask * torch.arange(1, T + 1)).argmax(1)
-        outs: list[Tensor] = []
-        for index in last.argsort(stable=True).split(at_once):
-            parts = forward(rollouts.rows(index))
-            if not outs:
-                outs = [torch.zeros(B, T) for _ in parts]
-            for whole, part in zip(outs, parts, strict=True):
-                whole[index, : part.shape[1]] = part
-        return tuple(outs)

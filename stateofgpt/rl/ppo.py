@@ -14,8 +14,8 @@ from stateofgpt.model.gpt import GPT
 from stateofgpt.model.heads import ValueModel
 from stateofgpt.rl.advantage import advantages, shaped_rewards, whiten
 from stateofgpt.rl.objective import clipped_policy_loss, clipped_value_loss
-from stateofgpt.rl.optimization import Experience, Logprobs, Optimization, Seen, UpdateConfig
-from stateofgpt.rl.rollout import Rollouts, policy_logprobs, values
+from stateofgpt.rl.optimization import AT_ONCE, Experience, Logprobs, Optimization, Seen, UpdateConfig
+from stateofgpt.rl.rollout import Rollouts, in_parts, values
 from stateofgpt.rl.scoring import Scorer
 from stateofgpt.train.loop import Trainer
 from stateofgpt.train.loss import Batch, Way
@@ -46,13 +46,13 @@ class PPO(Optimization):
 
     def _experience(self, seen: Seen) -> Experience:
         mask = seen.rollouts.mask
-        (value,) = self._in_parts(lambda part: (self._values(self.value, part),), seen.rollouts)
+        (value,) = in_parts(lambda part: (self._values(self.value, part),), seen.rollouts, AT_ONCE)
         rewards = shaped_rewards(seen.scores, seen.logprobs, seen.reference, mask, self.kl_coefficient)
         advantage, returns = advantages(rewards, value, mask, gamma=self.config.gamma, lam=self.config.lam)
         return Experience(seen.rollouts, seen.logprobs, seen.reference, whiten(advantage, mask), value, returns)
 
     def _policy_loss(self, model: GPT, batch: Experience, sums: dict[str, float]) -> Tensor:
-        new, _ = policy_logprobs(model, batch.rollouts, self.way)
+        new = self._new_logprobs(model, batch.rollouts)
         out = clipped_policy_loss(new, batch.logprobs, batch.advantages, batch.rollouts.mask, self.config.clip)
         sums["clip_fraction"] += out.clip_fraction.item()
         sums["approx_kl"] += out.approx_kl.item()
@@ -68,6 +68,6 @@ class PPO(Optimization):
 
     def _value_loss(self, model: ValueModel, batch: Experience) -> Tensor:
         assert batch.values is not None and batch.returns is not None
-        new = self._values(model, batch.rollouts)
+        new = self._updated(lambda part: self._values(model, part), batch.rollouts)
         mask = batch.rollouts.mask
         return clipped_value_loss(new, batch.values, batch.returns, mask, self.config.value_clip) * batch.weight

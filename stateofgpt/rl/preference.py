@@ -19,8 +19,8 @@ from stateofgpt.errors import ConfigError, DataError
 from stateofgpt.model.gpt import GPT
 from stateofgpt.model.lora import switched_off
 from stateofgpt.rl.offline import answer_logprobs, dpo_loss, ipo_loss, kto_loss, margins, mismatched_divergence
-from stateofgpt.rl.optimization import Experience, Optimization, Seen, UpdateConfig
-from stateofgpt.rl.rollout import Rollouts, laid_out, policy_logprobs
+from stateofgpt.rl.optimization import AT_ONCE, Experience, Optimization, Seen, UpdateConfig
+from stateofgpt.rl.rollout import Rollouts, in_parts, laid_out, policy_logprobs
 from stateofgpt.rl.scoring import Scorer
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.train.loss import Way
@@ -119,6 +119,7 @@ class PreferenceOptimization(Optimization):
     ) -> None:
         super().__init__(policy, reference, scorer, config, pad_id=pad_id, way=way)
         self.algorithm, self.own, self.pairs = algorithm, own, pairs
+        self.apart = algorithm == "kto"  # answers to other prompts go through the model apart, without gradients
 
     def _experience(self, seen: Seen) -> Experience:
         return Experience(seen.rollouts, seen.logprobs, seen.reference, torch.zeros(len(seen.scores), 1))
@@ -147,23 +148,42 @@ class PreferenceOptimization(Optimization):
         texts = [((*prompt, *answer.ids), (*[0] * len(prompt), *answer.mask)) for prompt, answer in rows]
         answers = laid_out(texts, self.pad_id, context)
         with switched_off(self.reference):  # where it is the policy without its adapters
-            reference, _ = self._in_parts(lambda part: policy_logprobs(self.reference, part, self.way), answers)
+            reference, _ = in_parts(lambda part: policy_logprobs(self.reference, part, self.way), answers, AT_ONCE)
         return PairBatch(answers, self._of_answers(reference, answers.mask), len(pairs))
 
     def _of_answers(self, logprobs: Tensor, mask: Tensor) -> Tensor:
         return answer_logprobs(logprobs, mask, per_token=self.algorithm == "ipo")
 
     def _loss(self, model: GPT, batch: PairBatch, sums: dict[str, float]) -> Tensor:
-        new, _ = policy_logprobs(model, batch.answers, self.way)
-        policy, n, beta = self._of_answers(new, batch.answers.mask), batch.n, self.own.beta
+        n, beta, rows = batch.n, self.own.beta, torch.arange(len(batch.reference))
+        policy = self._of_rows(model, batch, rows[: 2 * n] if self.apart else rows)
         margin = margins(policy[:n], policy[n : 2 * n], batch.reference[:n], batch.reference[n : 2 * n])
         sums["pair_accuracy"] += (margin > 0).float().mean().item()
         if self.algorithm == "kto":
-            z = mismatched_divergence(policy[2 * n :], batch.reference[2 * n :])
+            others = policy[2 * n :]
+            if self.apart:
+                with torch.no_grad():
+                    others = self._of_rows(model, batch, rows[2 * n :])
+            z = mismatched_divergence(others, batch.reference[2 * n :])
             liked = torch.arange(2 * n) < n
             weights = self.own.desirable_weight, self.own.undesirable_weight
             return kto_loss(policy[: 2 * n], batch.reference[: 2 * n], liked, z, beta, *weights).mean()
         return (dpo_loss if self.algorithm == "dpo" else ipo_loss)(margin, beta).mean()
+
+    def _of_rows(self, model: GPT, batch: PairBatch, index: Tensor) -> Tensor:
+        """Log-probabilities of some of the answers."""
+        if not len(index):
+            return torch.zeros(0)
+        answers = batch.answers if len(index) == len(batch.reference) else batch.answers.rows(index)
+        return self._of_answers(self._new_logprobs(model, answers), answers.mask)
+
+    def numbers(self) -> dict[str, float]:
+        return super().numbers() | ({"apart": 1.0} if self.apart else {})
+
+    def load(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """A run whose state knows nothing of `apart` goes on as it began, to the same bits."""
+        super().load(tensors, numbers)
+        self.apart = "apart" in numbers
 
     def _policy_loss(self, model: GPT, batch: Experience, sums: dict[str, float]) -> Tensor:
         raise NotImplementedError("pairs are learned from, and not answers")  # `update` is its own

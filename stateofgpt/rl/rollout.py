@@ -6,7 +6,7 @@ objectives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from stateofgpt.assistant.session import Turn
 from stateofgpt.model.gpt import GPT
 from stateofgpt.model.heads import ValueModel
-from stateofgpt.rl.objective import token_logprobs
-from stateofgpt.rl.reward_training import pad
+from stateofgpt.rl.objective import chosen_logprobs, token_logprobs
+from stateofgpt.rl.reward_training import pad, sizes_of
 from stateofgpt.train.loss import Way
 
 
@@ -64,7 +64,21 @@ def laid_out(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, c
 
 
 def policy_logprobs(model: GPT, rollouts: Rollouts, way: Way) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the sampled tokens and entropies, each [B, T], at temperature 1; zero outside the mask.
+    """Log-probabilities of the sampled tokens and entropies, each [B, T], at temperature 1; zero outside the mask."""
+    sampled, logits = _sampled_logits(model, rollouts, way)
+    chosen, entropy = token_logprobs(logits, rollouts.targets[sampled])
+    empty = torch.zeros(sampled.shape)
+    return empty.masked_scatter(sampled, chosen), empty.masked_scatter(sampled, entropy)
+
+
+def sampled_logprobs(model: GPT, rollouts: Rollouts, way: Way) -> Tensor:
+    """The first of the two alone, the same bits: what updates need."""
+    sampled, logits = _sampled_logits(model, rollouts, way)
+    return torch.zeros(sampled.shape).masked_scatter(sampled, chosen_logprobs(logits, rollouts.targets[sampled]))
+
+
+def _sampled_logits(model: GPT, rollouts: Rollouts, way: Way) -> tuple[Tensor, Tensor]:
+    """Where tokens were sampled [B, T], and the logits [sampled, V] there.
 
     Only the sampled places go through the head: prompts, tool output and padding are more than half of all.
     """
@@ -72,9 +86,26 @@ def policy_logprobs(model: GPT, rollouts: Rollouts, way: Way) -> tuple[Tensor, T
     hidden = way.hidden(model, rollouts.inputs.contiguous())
     with way.autocast():
         logits = model.lm_head(hidden[sampled])
-    chosen, entropy = token_logprobs(logits, rollouts.targets[sampled])
-    empty = torch.zeros(sampled.shape)
-    return empty.masked_scatter(sampled, chosen), empty.masked_scatter(sampled, entropy)
+    return sampled, logits
+
+
+def in_parts(
+    forward: Callable[[Rollouts], tuple[Tensor, ...]], rollouts: Rollouts, rows: int, tokens: int | None = None
+) -> tuple[Tensor, ...]:
+    """Run a forward pass over rows in parts of like length, and put the results back into [B, T]. A part has `rows`
+    rows, or as many as hold `tokens` with their padding (at least one). Gradients go through it, and what a part gives
+    is that of its rows alone."""
+    B, T = rollouts.mask.shape
+    last = (rollouts.mask * torch.arange(1, T + 1)).argmax(1)
+    order = last.argsort(stable=True)
+    outs: list[Tensor] = []
+    for index in order.split(rows if tokens is None else sizes_of((last[order] + 2).tolist(), tokens)):
+        parts = forward(rollouts.rows(index))
+        if not outs:
+            outs = [torch.zeros(B, T) for _ in parts]
+        for whole, part in zip(outs, parts, strict=True):
+            whole[index, : part.shape[1]] = part
+    return tuple(outs)
 
 
 def drawn_logprobs(turns: Sequence[Turn], rollouts: Rollouts) -> Tensor:

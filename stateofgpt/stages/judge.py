@@ -17,22 +17,20 @@ from stateofgpt.assistant.session import Turn
 from stateofgpt.data.comparisons import Ranking, read_rankings
 from stateofgpt.data.skills import Problem
 from stateofgpt.data.vote_file import read_comparisons
-from stateofgpt.model.checkpoint import load_model, load_reward, save_checkpoint
+from stateofgpt.model.checkpoint import load_reward
 from stateofgpt.model.heads import RewardModel
-from stateofgpt.rl.reward_training import RewardTraining, held_out_accuracy, score_rankings, step_order
+from stateofgpt.rl.reward_training import held_out_accuracy, score_rankings
 from stateofgpt.rl.scoring import LearnedScorer
 from stateofgpt.run import Run
-from stateofgpt.stages.reward import USUAL, learn, usual_score
+from stateofgpt.stages.proxies import taught
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.train.loss import Way
-from stateofgpt.train.state import TrainState
 
 Judge = Callable[[Sequence[Problem], Sequence[Turn]], list[float]]
 
 LABELLER, TASKS = "the simulated labeller without noise", "the tasks' own check"
 FOLDER = "rl/judge"
 FEWEST = 40  # rankings; fewer teach a reward model nothing that could be told from chance
-LEAST_STEPS = 24  # few rankings are read more than once
 CHECKED = 200  # rankings of the first reward model that the second must order better than a coin
 NO_END = -2.0  # as for the first
 
@@ -84,27 +82,12 @@ def better_than_a_coin(right: int, n: int) -> bool:
 
 
 def _train(run: Run, start: Path, rankings: Sequence[Ranking], chat: ChatFormat, way: Way) -> dict[str, Any]:
-    stage = run.inside(FOLDER)
-    training = RewardTraining()
-    model = RewardModel(load_model(start), chat.tokenizer.pad)
-    order: list[list[int]] = []
-    while len(order) < LEAST_STEPS:
-        order += step_order(len(rankings), run.seed + len(order), training.prompts_per_step)
     seen = run.stage("reward").dir / "rankings.jsonl"
     others = read_rankings(seen)[:CHECKED] if seen.exists() else []
-    with stage.timed():
-        learn(model, chat, rankings, others[:16], order, stage, training, way)
+
+    def checked(model: RewardModel) -> dict[str, float]:
         right, n = held_out_accuracy(score_rankings(model, chat, others), others)
-        result = {"right": right, "n": n, "steps": len(order), **usual_score(model, chat, rankings[:USUAL])}
-        save_checkpoint(
-            stage.checkpoint,
-            model,
-            tokenizer=chat.tokenizer,
-            stage="reward",
-            run=run.root.name,
-            parents=[start],
-            metrics={"pair_accuracy": right / max(1, n)},
-        )
-        TrainState(stage.resume_dir).clear()
-        stage.finish(result)
-    return result
+        return {"right": right, "n": n, "pair_accuracy": right / max(1, n)}
+
+    stage = run.inside(FOLDER)
+    return taught(run, stage, start, rankings, others[:16], run.seed, chat=chat, way=way, usual=rankings, about=checked)
