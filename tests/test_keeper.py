@@ -142,9 +142,21 @@ class Served:
 
 
 @pytest.fixture
-def made(folder: Path, tmp_path: Path) -> Iterator[Served]:  # noqa: F811
+def gate() -> threading.Event:
+    """Folders are loaded while this is set."""
+    found = threading.Event()
+    found.set()
+    return found
+
+
+@pytest.fixture
+def made(folder: Path, tmp_path: Path, gate: threading.Event) -> Iterator[Served]:  # noqa: F811
+    def load(path: Path) -> Any:
+        gate.wait(10)
+        return load_assistant(path, max_batch=4)
+
     with FeedbackStore(tmp_path / "f.sqlite") as store:
-        running = Served(folder, store, lambda path: load_assistant(path, max_batch=4))
+        running = Served(folder, store, load)
         yield running
         running.server.should_exit = True
         running.thread.join(10)
@@ -152,14 +164,16 @@ def made(folder: Path, tmp_path: Path) -> Iterator[Served]:  # noqa: F811
         running.shelf.close()
 
 
-def test_a_server_whose_engine_died_says_so_and_comes_back(made: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_whose_engine_died_says_so_and_comes_back(
+    made: Served, gate: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
     body = {"prompt": [70, 71, 72], "max_tokens": 60, "seed": 1, "logit_bias": {"1": -100}}
     before = made.ask("/v1/completions", body)
     assert before[0] == 200 and made.ask("/health") == (200, '{"status":"ok"}')
+    gate.clear()
     dies_at(made.engine, 6, SystemExit("secret"))
     found: list[tuple[int, str]] = []
-    asked = [{**body, "stream": stream, "seed": stream} for stream in (0, 1)]
-    asked = [{**one, "stream": bool(one["stream"])} for one in asked]
+    asked = [{**body, "stream": stream} for stream in (False, True)]
     readers = [threading.Thread(target=lambda one=one: found.append(made.ask("/v1/completions", one))) for one in asked]
     with caplog.at_level(logging.ERROR):
         for reader in readers:
@@ -171,6 +185,8 @@ def test_a_server_whose_engine_died_says_so_and_comes_back(made: Served, caplog:
         assert len(found) == 2 and all("stopped working" in text and "secret" not in text for _, text in found)
         assert sorted(status for status, _ in found) == [200, 503]  # the stream had begun
         assert "[DONE]" not in found[0][1] + found[1][1]
+        assert made.ask("/v1/completions", body)[0] == 503
+        gate.set()
         wait_for(lambda: made.ask("/health")[0] == made.ask("/ready")[0] == made.ask("/api/health")[0] == 200, 5)
     again = made.ask("/v1/completions", body)
     assert json.loads(again[1])["choices"] == json.loads(before[1])["choices"]

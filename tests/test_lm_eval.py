@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_keeper import Served, made  # noqa: F401 a fixture: a server over it
+from test_keeper import Served, gate, made  # noqa: F401 fixtures: a server over it
 from test_loader import folder  # noqa: F401 a fixture: runs/tiny with its checkpoints
 
 from stateofgpt.model.checkpoint import load_model

@@ -126,12 +126,13 @@ def test_a_stream_goes_on_with_the_old_model_which_is_closed_after_it(client: Te
     assert old.closed
 
 
-def test_a_dead_engine_is_not_ready(client: TestClient, folders: Folders) -> None:
+def test_a_dead_engine_is_neither_well_nor_ready(client: TestClient, folders: Folders) -> None:
     assert client.get("/ready").status_code == 200
     folders.made[1].alive = False
     response = client.get("/ready")
     assert response.status_code == 503 and response.json()["failed"] == ["run:b"]
-    assert client.get("/health").status_code == 200
+    response = client.get("/health")
+    assert response.status_code == 503 and response.json() == {"status": "failed", "failed": ["run:b"]}
 
 
 def test_leases_end_once_and_unknown_names_have_none(shelf: Shelf) -> None:

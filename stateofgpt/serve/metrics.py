@@ -52,7 +52,7 @@ class Metrics:
         first, between = self.first.labels(model), self.between.labels(model)
         last: float | None = None
         for event in events:
-            if isinstance(event, TextDelta | CallDelta):
+            if isinstance(event, CallDelta) or (isinstance(event, TextDelta) and event.text):
                 now = time.perf_counter()
                 if last is None:
                     first.observe(now - began)
