@@ -1,7 +1,7 @@
 """Completions per second of policy optimisation: GRPO, ours against trl's trainer with the generation of transformers.
 
     python benchmarks/bench_rl.py [--pairs 5] [--updates 4] [--prompts 16 --samples 4 --tokens 64]
-                                  [--ends 0.03 --rows 16] [--dtype float32,bfloat16] [--plain] [--torch-engine]
+                                  [--ends 0.03 --part 1024] [--dtype float32,bfloat16] [--plain] [--torch-engine]
 
 One Qwen3 shape of about ten million parameters with random weights, one tokenizer, the same prompts, samples, most
 tokens and number of updates, a reward that costs nothing (the share of digits in the answer), a reference model, one
@@ -12,7 +12,7 @@ What an iteration of ours spends on drawing, on scoring (reward, reference and l
 told apart; of the peer, what its trainer spends on drawing and scoring together, and on the rest. An untrained model
 hardly ever ends a turn, so that nearly all answers have the most tokens there may be; with `--ends` it is made to end
 its turn after about that share of tokens, as answers of a trained model are of many lengths. The mean is told for both.
-`--rows` lets ours update in parts of like length (`rl.ppo.rows`).
+`--part` lets ours update in parts of like length (`rl.ppo.part_tokens`).
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Ours:
             policy,
             load_model(folder),
             VerifiedScorer(self._score, end_id=self.chat.end),
-            UpdateConfig(epochs=1, minibatches=1, policy=adam, rows=options.rows),
+            UpdateConfig(epochs=1, minibatches=1, policy=adam, part_tokens=options.part),
             GroupConfig(kl_loss=KL),
             group=options.samples,
             max_tokens=options.tokens,
@@ -279,7 +279,7 @@ def main() -> None:
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ends", type=float, default=0.0, help="share of tokens after which a turn ends")
-    parser.add_argument("--rows", type=int, help="rows that ours updates together")
+    parser.add_argument("--part", type=int, help="tokens of answers that ours updates together")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16, or ours and the peer's")
     parser.add_argument("--plain", action="store_true", help="without the fused kernels")
     parser.add_argument("--torch-engine", action="store_true", help="ours draws by torch's operations")

@@ -76,7 +76,7 @@ SWITCHES = (
     Variant("ppo, no ratio clip", {"ppo.clip": "1e6"}),
     Variant("ppo, no value clip", {"ppo.value_clip": "1e6"}),
     Variant("ppo, lambda 1", {"ppo.lam": "1.0"}),
-    Variant("ppo, updates in parts of 8", {"ppo.rows": "8"}),
+    Variant("ppo, updates in parts", {"ppo.part_tokens": "1024"}),
     Variant("ppo, without guards", {"guards.every": "0"}),
     Variant("ppo in a rush", RUSH),
     Variant("ppo in a rush, without guards", {**RUSH, "guards.every": "0", "max_kl": "1e9"}),
@@ -197,8 +197,14 @@ def row(name: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for key in ("sft", "true", "won"):
         values = np.array([one[key] for one in found])
         told[key], told[f"{key}_interval"] = float(values.mean()), interval(values)
+    told |= {"better": share_of(found, 1.0), "worse": share_of(found, 0.0)}
     told["each"] = [{"kl": one["kl"], "true": fmean(one["true"]), "won": fmean(one["won"])} for one in found]
     return told | {"stopped": sum(bool(one["stopped"]) for one in found)}
+
+
+def share_of(found: Sequence[dict[str, Any]], verdict: float) -> float:
+    """Share of all prompts on which the verdict was this."""
+    return fmean(float(value == verdict) for one in found for value in one["won"])
 
 
 def interval(values: np.ndarray, resamples: int = 4000) -> list[float]:
@@ -211,17 +217,14 @@ def interval(values: np.ndarray, resamples: int = 4000) -> list[float]:
     return [float(x) for x in np.quantile(drawn, [0.025, 0.975])]
 
 
-def as_text(rows: Sequence[dict[str, Any]], *, head: bool) -> str:
+def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown."""
-    lines = []
-    if head:
-        lines += [
-            "| | trained | s | iterations | KL | entropy (SFT) | true score (SFT) | won against SFT | each | stopped |"
-        ]
-        lines += ["|" + "---|" * 10]
+    names = ("", "trained", "s", "iterations", "KL", "entropy (SFT)", "true score (SFT)", "won against SFT", "each")
+    lines = ["| " + " | ".join((*names, "stopped")) + " |", "|" + "---|" * (len(names) + 1)]
     for r in rows:
         true = f"{r['true']:.3f} [{r['true_interval'][0]:.3f}, {r['true_interval'][1]:.3f}] ({r['sft']:.3f})"
         won = f"{r['won']:.1%} [{r['won_interval'][0]:.1%}, {r['won_interval'][1]:.1%}]"
+        won += f" ({r['better']:.1%} better, {r['worse']:.1%} worse)"
         each = ", ".join(f"{one['won']:.1%}" for one in r["each"])
         lines.append(
             f"| {r['name']} | {r['trained']} | {r['seconds']:.0f} | {r['iterations']:.0f} | {r['kl']:.2f} | "

@@ -196,12 +196,12 @@ def test_the_first_loss_is_that_of_indifference_and_updates_are_a_function_of_th
         assert equal(ends[0], ends[1])
 
 
-@pytest.mark.parametrize("rows", [None, 5])
+@pytest.mark.parametrize("tokens", [None, 40])
 def test_kto_asks_for_no_gradient_of_the_answers_to_other_prompts_and_none_of_the_others_changes(
-    rows: int | None, monkeypatch: pytest.MonkeyPatch
+    tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner = make("kto", pairs=12, beta=0.3)
-    learner.config = replace(learner.config, minibatches=1, rows=rows)
+    learner.config = replace(learner.config, minibatches=1, part_tokens=tokens)
     learner.reference = model(2)
     drawn = torch.randperm(24, generator=torch.Generator().manual_seed(4))[:12].tolist()
     batch = learner._batch([learner.pairs[i] for i in drawn])
@@ -225,6 +225,18 @@ def test_kto_asks_for_no_gradient_of_the_answers_to_other_prompts_and_none_of_th
     found = [p.grad for p in learner.policy.parameters() if p.grad is not None]
     assert len(found) == len(wanted) and max(float(g.abs().max()) for g in wanted) > 1e-4
     assert all(torch.allclose(x, y, atol=1e-6, rtol=1e-4) for x, y in zip(found, wanted, strict=True))
+
+
+def test_a_kto_state_from_before_goes_on_as_it_began() -> None:
+    learner, fresh = make("kto"), make("kto")
+    numbers = learner.numbers()
+    assert numbers.pop("apart") and "apart" not in make("dpo").numbers()
+    fresh.load(learner.tensors(), learner.numbers())
+    assert fresh.apart
+    fresh.load(learner.tensors(), numbers)
+    assert not fresh.apart and "apart" not in fresh.numbers()
+    told = [one.update(None, torch.Generator().manual_seed(1), 1.0, 0.0) for one in (learner, fresh)]  # type: ignore[arg-type]
+    assert told[0] == pytest.approx(told[1], abs=1e-5)
 
 
 def test_the_answers_looked_at_are_told_of_and_not_learned_from() -> None:

@@ -24,6 +24,7 @@ from stateofgpt.rl.reward_training import (
     ranked_batch,
     score_ids,
     score_rankings,
+    sizes_of,
     step_order,
 )
 from stateofgpt.text.chat import ChatFormat, Message
@@ -153,7 +154,24 @@ def test_scores_come_in_the_order_asked_whatever_is_batched_together() -> None:
     alone = [model(torch.tensor([row])).item() for row in rows]
     for at_once in (1, 3, 64):
         assert score_ids(model, rows, TOKENIZER.pad, at_once) == pytest.approx(alone, abs=1e-4)
+    for tokens in (1, 50, 10**6):
+        assert score_ids(model, rows, TOKENIZER.pad, tokens=tokens) == pytest.approx(alone, abs=1e-4)
     assert score_ids(model, [], TOKENIZER.pad) == []
+
+
+def test_a_part_holds_no_more_tokens_than_asked_unless_one_row_does() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        lengths = sorted((rng.randint(1, 90) for _ in range(rng.randint(0, 40))), reverse=rng.random() < 0.5)
+        tokens = rng.randint(1, 400)
+        sizes, at = sizes_of(lengths, tokens), 0
+        assert sum(sizes) == len(lengths)
+        for size in sizes:
+            part = lengths[at : at + size]
+            assert size == 1 or size * max(part) <= tokens
+            more = lengths[at : at + size + 1]
+            assert len(more) == size or len(more) * max(more) > tokens  # none could have been larger
+            at += size
 
 
 def test_held_out_accuracy_is_that_of_training() -> None:

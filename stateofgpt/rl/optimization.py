@@ -49,8 +49,9 @@ class UpdateConfig:
     `kl_gain` is how fast the coefficient follows: the paper's 0.1 is for thousands of batches, a run here has tens.
     `value*`, `gamma` and `lam` are PPO's own, the rest is every algorithm's. `pretraining` is the weight of the loss on
     texts of pretraining, `pretraining_rows` of which go with every update (InstructGPT's PPO-ptx); None for none.
-    `rows` is how many rows of a minibatch, in the order of their lengths, go through the model together, so that short
-    answers are not padded to the longest; the same mathematics in other last bits. None: the whole minibatch.
+    `part_tokens` is how many tokens of answers, in the order of their lengths, go through a model together in updates
+    and for their scores, so that short ones are not padded to the longest: the same mathematics in other last bits.
+    None: all of them.
     """
 
     epochs: int = 2
@@ -67,10 +68,10 @@ class UpdateConfig:
     value: LoopConfig = field(default_factory=lambda: _adam(3e-4))
     pretraining: float | None = None
     pretraining_rows: int | None = None
-    rows: int | None = None
+    part_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "minibatches", "pretraining_rows", "rows"):
+        for name in ("epochs", "minibatches", "pretraining_rows", "part_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"ppo.{name} is {value}, must be at least 1")
         for name in ("clip", "value_clip", "kl_target", "pretraining"):
@@ -225,9 +226,9 @@ class Optimization(ABC):
 
     def _updated(self, forward: Callable[[Rollouts], Tensor], rollouts: Rollouts) -> Tensor:
         """A forward pass of an update, over all rows at once or in parts."""
-        if self.config.rows is None:
+        if self.config.part_tokens is None:
             return forward(rollouts)
-        return in_parts(lambda part: (forward(part),), rollouts, self.config.rows)[0]
+        return in_parts(lambda part: (forward(part),), rollouts, AT_ONCE, self.config.part_tokens)[0]
 
     @abstractmethod
     def _policy_loss(self, model: GPT, batch: Experience, sums: dict[str, float]) -> Tensor:

@@ -119,6 +119,7 @@ class PreferenceOptimization(Optimization):
     ) -> None:
         super().__init__(policy, reference, scorer, config, pad_id=pad_id, way=way)
         self.algorithm, self.own, self.pairs = algorithm, own, pairs
+        self.apart = algorithm == "kto"  # answers to other prompts go through the model apart, without gradients
 
     def _experience(self, seen: Seen) -> Experience:
         return Experience(seen.rollouts, seen.logprobs, seen.reference, torch.zeros(len(seen.scores), 1))
@@ -154,17 +155,19 @@ class PreferenceOptimization(Optimization):
         return answer_logprobs(logprobs, mask, per_token=self.algorithm == "ipo")
 
     def _loss(self, model: GPT, batch: PairBatch, sums: dict[str, float]) -> Tensor:
-        n, beta = batch.n, self.own.beta
-        policy = self._of_rows(model, batch, torch.arange(2 * n))
-        margin = margins(policy[:n], policy[n:], batch.reference[:n], batch.reference[n : 2 * n])
+        n, beta, rows = batch.n, self.own.beta, torch.arange(len(batch.reference))
+        policy = self._of_rows(model, batch, rows[: 2 * n] if self.apart else rows)
+        margin = margins(policy[:n], policy[n : 2 * n], batch.reference[:n], batch.reference[n : 2 * n])
         sums["pair_accuracy"] += (margin > 0).float().mean().item()
         if self.algorithm == "kto":
-            with torch.no_grad():
-                others = self._of_rows(model, batch, torch.arange(2 * n, len(batch.reference)))
+            others = policy[2 * n :]
+            if self.apart:
+                with torch.no_grad():
+                    others = self._of_rows(model, batch, rows[2 * n :])
             z = mismatched_divergence(others, batch.reference[2 * n :])
             liked = torch.arange(2 * n) < n
             weights = self.own.desirable_weight, self.own.undesirable_weight
-            return kto_loss(policy, batch.reference[: 2 * n], liked, z, beta, *weights).mean()
+            return kto_loss(policy[: 2 * n], batch.reference[: 2 * n], liked, z, beta, *weights).mean()
         return (dpo_loss if self.algorithm == "dpo" else ipo_loss)(margin, beta).mean()
 
     def _of_rows(self, model: GPT, batch: PairBatch, index: Tensor) -> Tensor:
@@ -173,6 +176,14 @@ class PreferenceOptimization(Optimization):
             return torch.zeros(0)
         answers = batch.answers if len(index) == len(batch.reference) else batch.answers.rows(index)
         return self._of_answers(self._new_logprobs(model, answers), answers.mask)
+
+    def numbers(self) -> dict[str, float]:
+        return super().numbers() | ({"apart": 1.0} if self.apart else {})
+
+    def load(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """A run whose state knows nothing of `apart` goes on as it began, to the same bits."""
+        super().load(tensors, numbers)
+        self.apart = "apart" in numbers
 
     def _policy_loss(self, model: GPT, batch: Experience, sums: dict[str, float]) -> Tensor:
         raise NotImplementedError("pairs are learned from, and not answers")  # `update` is its own

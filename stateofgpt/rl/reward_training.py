@@ -115,17 +115,38 @@ def step_order(n: int, seed: int, per_step: int) -> list[list[int]]:
     return [order[i : i + per_step] for i in range(0, max(1, n - per_step + 1), per_step)]
 
 
+def sizes_of(lengths: Sequence[int], tokens: int) -> list[int]:
+    """How many rows go together so that a part holds at most `tokens` with its padding, but one row at least.
+    `lengths` rise or fall."""
+    sizes: list[int] = []
+    longest = 0
+    for length in lengths:
+        longest = max(longest, length)
+        if sizes and (sizes[-1] + 1) * longest <= tokens:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+            longest = length
+    return sizes
+
+
 @torch.no_grad()
-def score_ids(model: RewardModel, rows: Sequence[Sequence[int]], pad_id: int, at_once: int = 64) -> list[float]:
-    """Raw scores of id rows, computed in float32, longest first so that little is padding."""
+def score_ids(
+    model: RewardModel, rows: Sequence[Sequence[int]], pad_id: int, at_once: int = 64, tokens: int | None = None
+) -> list[float]:
+    """Raw scores of id rows, computed in float32, longest first so that little is padding: `at_once` together, or as
+    many as hold `tokens` with their padding."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     out = [0.0] * len(rows)
     limit = model.config.max_position_embeddings
-    for start in range(0, len(order), at_once):
-        chosen = order[start : start + at_once]
+    sizes = [at_once] * -(-len(rows) // at_once) if tokens is None else sizes_of([len(rows[i]) for i in order], tokens)
+    start = 0
+    for size in sizes:
+        chosen = order[start : start + size]
         scores = model(pad([rows[i] for i in chosen], pad_id, limit)).tolist()
         for i, score in zip(chosen, scores, strict=True):
             out[i] = score
+        start += size
     return out
 
 

@@ -16,7 +16,7 @@ from stateofgpt.assistant.session import Turn
 from stateofgpt.model.gpt import GPT
 from stateofgpt.model.heads import ValueModel
 from stateofgpt.rl.objective import chosen_logprobs, token_logprobs
-from stateofgpt.rl.reward_training import pad
+from stateofgpt.rl.reward_training import pad, sizes_of
 from stateofgpt.train.loss import Way
 
 
@@ -89,13 +89,17 @@ def _sampled_logits(model: GPT, rollouts: Rollouts, way: Way) -> tuple[Tensor, T
     return sampled, logits
 
 
-def in_parts(forward: Callable[[Rollouts], tuple[Tensor, ...]], rollouts: Rollouts, at_once: int) -> tuple[Tensor, ...]:
-    """Run a forward pass over rows in parts of like length, and put the results back into [B, T]. Gradients go through
-    it, and what a part gives is that of its rows alone."""
+def in_parts(
+    forward: Callable[[Rollouts], tuple[Tensor, ...]], rollouts: Rollouts, rows: int, tokens: int | None = None
+) -> tuple[Tensor, ...]:
+    """Run a forward pass over rows in parts of like length, and put the results back into [B, T]. A part has `rows`
+    rows, or as many as hold `tokens` with their padding (at least one). Gradients go through it, and what a part gives
+    is that of its rows alone."""
     B, T = rollouts.mask.shape
     last = (rollouts.mask * torch.arange(1, T + 1)).argmax(1)
+    order = last.argsort(stable=True)
     outs: list[Tensor] = []
-    for index in last.argsort(stable=True).split(at_once):
+    for index in order.split(rows if tokens is None else sizes_of((last[order] + 2).tolist(), tokens)):
         parts = forward(rollouts.rows(index))
         if not outs:
             outs = [torch.zeros(B, T) for _ in parts]

@@ -38,18 +38,27 @@ def ended(turn: Turn, end_id: int) -> bool:
 
 class LearnedScorer:
     """A reward model's scores, shifted and scaled by what is usual. An answer that did not end its turn gets
-    `no_end_score`, whatever it says."""
+    `no_end_score`, whatever it says. With `part_tokens` as many answers are read together as hold these."""
 
     def __init__(
-        self, model: RewardModel, *, mean: float, std: float, pad_id: int, end_id: int, no_end_score: float
+        self,
+        model: RewardModel,
+        *,
+        mean: float,
+        std: float,
+        pad_id: int,
+        end_id: int,
+        no_end_score: float,
+        part_tokens: int | None = None,
     ) -> None:
         self.model, self.mean, self.std = model, mean, std
-        self.pad_id, self.end_id, self.no_end_score = pad_id, end_id, no_end_score
+        self.pad_id, self.end_id, self.no_end_score, self.part_tokens = pad_id, end_id, no_end_score, part_tokens
 
     def __call__(self, turns: Sequence[Turn], problems: Sequence[Problem | None] = ()) -> Tensor:
         context = self.model.config.max_position_embeddings
         with switched_off(self.model):  # where a value model has adapters on the same trunk
-            raw = score_ids(self.model, [[*t.prompt_ids, *t.ids][-context:] for t in turns], self.pad_id)
+            rows = [[*t.prompt_ids, *t.ids][-context:] for t in turns]
+            raw = score_ids(self.model, rows, self.pad_id, tokens=self.part_tokens)
         normal = [(s - self.mean) / self.std for s in raw]
         stopped = [ended(t, self.end_id) for t in turns]
         return torch.tensor([s if end else self.no_end_score for s, end in zip(normal, stopped, strict=True)])

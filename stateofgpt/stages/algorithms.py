@@ -76,6 +76,7 @@ def scorer_of(
         pad_id=chat.tokenizer.pad,
         end_id=chat.end,
         no_end_score=update.no_end_score,
+        part_tokens=update.part_tokens,
     )
 
 
