@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from command import sog
 
+from stateofgpt.train.threads import wait_briefly
+
+wait_briefly()  # as the command line does, before any test imports torch
+
 
 @pytest.fixture(scope="session")
 def debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -171,7 +171,7 @@ def test_the_engines_log_probabilities_stand_for_those_of_the_training_pass(algo
 @pytest.mark.parametrize("algorithm", ["ppo", *ALGORITHMS])
 def test_an_update_in_parts_of_like_length_has_the_gradients_of_the_whole(algorithm: str) -> None:
     found = []
-    for tokens in (None, 40):
+    for tokens in (None, 12):
         config = UpdateConfig(epochs=1, minibatches=1, part_tokens=tokens, policy=FAST, value=FAST)
         learner: Optimization
         if algorithm == "ppo":
@@ -190,7 +190,7 @@ def test_an_update_in_parts_of_like_length_has_the_gradients_of_the_whole(algori
         grads = [p.grad for t in learner.trainers.values() for p in t.model.parameters() if p.grad is not None]
         found.append((told, grads, len(passes), len(experience.rollouts.ids)))
     (told_a, a, n_a, _), (told_b, b, n_b, n) = found
-    assert n_a == 1 and 3 <= n_b <= n
+    assert n_a == 1 and 1 < n_b <= n
     assert told_a == pytest.approx(told_b, abs=1e-6) and len(a) == len(b) > 5
     assert all(torch.allclose(x, y, atol=1e-6, rtol=1e-4) for x, y in zip(a, b, strict=True))
     assert max(float(x.abs().max()) for x in a) > 1e-3
