@@ -43,7 +43,7 @@ def main() -> None:
         collect.run(made.collect, run)
         tokenize.run(made.tokenize, run)
         per_token = (run.stage("tokenize").result() or {})["bytes_per_token"]["all"] * math.log(2.0)
-        asked = replace(made.pretrain, seconds=options.seconds, law=options.ladder, sample_at=())
+        asked = replace(made.pretrain, seconds=options.seconds, law=options.ladder, sample_at=(), fewest_layers=None)
         plan = pretrain.plan(asked, run)
         chosen = plan["model"]["hidden_size"], plan["model"]["num_hidden_layers"]
         sizes = [*SMALLER, *SHAPES]

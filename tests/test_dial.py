@@ -125,6 +125,14 @@ def test_the_dial_takes_only_widths_that_the_form_allows(monkeypatch: pytest.Mon
         choose(1024, 128, 40.0, rows=16, form=Form(kv_heads=7))
 
 
+def test_the_dial_takes_no_model_with_fewer_layers_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 1e10)
+    free, deep = (choose(1024, 128, 10.0, rows=16, fewest_layers=n).config for n in (1, 4))
+    assert free.num_hidden_layers < 4 <= deep.num_hidden_layers
+    with pytest.raises(ConfigError, match="knows none deeper than 12"):
+        choose(1024, 128, 10.0, rows=16, fewest_layers=13)
+
+
 @pytest.mark.parametrize(("width", "layers"), SHAPES)
 def test_all_shapes_are_whole_and_as_large_as_computed(width: int, layers: int) -> None:
     config = shape(width, layers, 1024, 128)

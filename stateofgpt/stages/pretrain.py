@@ -81,6 +81,7 @@ class Config:
     kv_heads: int | None = None  # None: as many as heads
     biases: bool | None = None  # None: as the architecture has them
     ramp: tuple[float, float] | None = None  # (share of a batch to begin with, share of the rows until it is whole)
+    fewest_layers: int | None = None  # the dial takes no model with fewer
     repeat_decay: float | None = None  # most by which weight decay grows where text repeats; None: 300; 1: it stays
 
     def __post_init__(self) -> None:
@@ -203,7 +204,8 @@ class _Pretraining:
         if c.seconds is None:
             raise ConfigError("pretrain without seconds needs both width and layers")
         law, told = choose_law(c.law, self.run.root.parent / "ladder" / LADDER, vocab, c.context)
-        choice = choose(vocab, c.context, c.seconds, rows=c.rows, law=law, form=c.form())
+        deep = c.fewest_layers or 1
+        choice = choose(vocab, c.context, c.seconds, rows=c.rows, law=law, form=c.form(), fewest_layers=deep)
         return {
             "model": asdict(choice.config),
             "dtype": choice.dtype if c.dtype == "auto" else c.dtype,

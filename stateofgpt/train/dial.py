@@ -131,8 +131,17 @@ def tokens_within(seconds: float, rate: float, compiled: bool) -> float:
     return max(1.0, rate * ((seconds - COMPILE_SECONDS) * COMPILE_GAIN if compiled else seconds))
 
 
-def choose(vocab_size: int, context: int, seconds: float, *, rows: int, law: Law = EPOCH, form: Form = USUAL) -> Choice:
-    """The shape of this form with the lowest predicted loss after `seconds` of training here.
+def choose(
+    vocab_size: int,
+    context: int,
+    seconds: float,
+    *,
+    rows: int,
+    law: Law = EPOCH,
+    form: Form = USUAL,
+    fewest_layers: int = 1,
+) -> Choice:
+    """The shape of this form, of no fewer layers, with the lowest predicted loss after `seconds` of training here.
 
     Each shape's rate is measured by a short trial until one is clearly worse than the best so far; the loss is
     that of `law` (Chinchilla's with Epoch AI's constants, arXiv 2404.10102, where no other is measured) at the tokens
@@ -141,11 +150,14 @@ def choose(vocab_size: int, context: int, seconds: float, *, rows: int, law: Law
     shapes = [(width, layers) for width, layers in SHAPES if not form.misfit(width)]
     if not shapes:
         raise ConfigError(f"{form.misfit(SHAPES[0][0])}; so it is with every width the dial knows")
+    deep = [(width, layers) for width, layers in shapes if layers >= fewest_layers]
+    if not deep:
+        raise ConfigError(f"fewest_layers is {fewest_layers}, and the dial knows none deeper than {shapes[-1][1]}")
     dtype, fused = choose_way(vocab_size, context, form)
     compiled = not fused and can_compile() and seconds > 3 * COMPILE_SECONDS
     rates: dict[str, float] = {}
     best: tuple[float, GPTConfig] | None = None
-    for width, layers in shapes:
+    for width, layers in deep:
         config = form.shape(width, layers, vocab_size, context)
         rate = measure_rate(config, dtype, rows=min(rows, 8), context=context, fused=fused)
         rates[f"{width}x{layers}"] = round(rate, 1)
