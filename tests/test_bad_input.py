@@ -222,8 +222,9 @@ def test_a_bad_file_of_ones_own_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run").exists(), "a mistake left a run behind"
 
 
-def test_a_corpus_that_is_not_there_leaves_no_run_behind(refused: Say, tmp_path: Path) -> None:
-    assert "there is no corpus" in refused("run", "debug", "--out", tmp_path / "run", "--corpus", tmp_path / "texts")
+def test_a_corpus_without_text_leaves_no_run_behind(refused: Say, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    assert "has no .txt" in refused("run", "debug", "--out", tmp_path / "run", "--corpus", tmp_path / "texts")
     assert not (tmp_path / "run").exists()
 
 

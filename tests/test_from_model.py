@@ -256,7 +256,8 @@ def test_a_large_model_is_asked_less_and_measured_less_often(tmp_path: Path) -> 
     for name, layers in (("small", 2), ("large", 30)):
         (tmp_path / name).mkdir()
         shape = {"hidden_size": 576, "num_hidden_layers": layers, "intermediate_size": 1536, "vocab_size": 49152}
-        config = {"model_type": "llama", "num_attention_heads": 9, "num_key_value_heads": 3, **shape}
+        heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **heads, **shape}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
         made[name] = load("laptop", model=tmp_path / name, **asked)
     small, large = made["small"], made["large"]
