@@ -372,6 +372,7 @@ def compare(ours: nn.Module, theirs: Any, output: Callable[[Any], Tensor]) -> No
         assert (p.grad - found[name].grad).abs().max() <= 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_peft_loads_what_is_written_here_and_computes_the_same(

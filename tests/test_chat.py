@@ -91,6 +91,7 @@ def test_only_what_the_assistant_says_and_its_end_is_learned() -> None:
     assert sum(CHAT.render((Message("user", "hi"),), add_generation_prompt=True).loss_mask) == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(conversations)
 def test_no_text_changes_the_structure_of_roles(conversation: Conversation) -> None:

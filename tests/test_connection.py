@@ -128,6 +128,7 @@ def test_one_byte_at_a_time_does_not_move_the_deadline(live: Live) -> None:
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.slow
 def test_a_second_request_on_a_kept_connection_has_its_own_deadline(live: Live) -> None:
     connection = live.connect()
     for _ in range(2):

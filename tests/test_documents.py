@@ -87,6 +87,7 @@ def test_bytes_that_are_no_utf8_are_repaired_when_few_and_dropped_when_many(tmp_
     assert any("many.txt" in warning for warning in account.warnings)
 
 
+@pytest.mark.slow
 def test_a_line_without_end_is_skipped_in_bounded_memory(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.txt"):
         with open(tmp_path / name, "wb") as file:

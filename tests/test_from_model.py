@@ -185,6 +185,7 @@ def test_sample_and_logprobs_work_with_a_folder_made_elsewhere(
     assert len(told["logprobs"]) == len(told["ids"]) - 1
 
 
+@pytest.mark.slow
 def test_chat_works_with_a_folder_made_elsewhere_and_says_what_is_unusual(tmp_path: Path) -> None:
     done = sog("chat", smol(tmp_path / "theirs"), code="import sys, io\nsys.stdin = io.StringIO('Hi\\n')\n" + MAIN)
     assert done.returncode == 0, done.stderr

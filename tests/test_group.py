@@ -64,6 +64,7 @@ def counted(turns: list[Turn], problems: object = ()) -> Tensor:
     return torch.tensor([float(t.ids.count(GOOD)) for t in turns])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_it_finds_what_is_rewarded(algorithm: str) -> None:
     learner = make(algorithm, own=GroupConfig(accept=1.0) if algorithm == "rejection" else None)
@@ -75,6 +76,7 @@ def test_it_finds_what_is_rewarded(algorithm: str) -> None:
     assert before < 0.1 and share_of_good(answers(learner.policy, n=48, seed=999)) > 2 * before + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rloo", "reinforce", "grpo"])
 def test_the_penalty_holds_it_back(algorithm: str) -> None:
     found = []

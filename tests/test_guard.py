@@ -163,6 +163,7 @@ def test_rolled_back_it_is_as_if_the_step_had_never_been(tmp_path: Path) -> None
     assert all(torch.equal(rolled[name], p) for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "lower", "roll_back"])
 @pytest.mark.parametrize("deaths", [(BAD - 1,), (10, BAD + 5)])
 @pytest.mark.parametrize("every_step", [True, False])

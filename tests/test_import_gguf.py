@@ -293,6 +293,7 @@ def test_a_hostile_header_costs_one_sentence_and_no_memory(case: str, tmp_path: 
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_a_file_cut_anywhere_is_refused(good: bytes, tmp_path: Path) -> None:
     for length in [*range(0, 4000, 37), *range(4000, len(good), 9001), len(good) - 33]:
         (tmp_path / "m.gguf").write_bytes(good[:length])
@@ -334,6 +335,7 @@ def test_without_the_gguf_package_the_error_says_what_to_install(
     assert "pip install 'stateofgpt[gguf]'" in refused(tmp_path / "m.gguf", out=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_folder_or_one_sentence(good: bytes, tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(good)
     made = sog("import", "tiny.gguf", cwd=tmp_path)

@@ -165,6 +165,7 @@ def test_a_full_disk_leaves_the_earlier_import(
     assert read_lineage(out) == before
 
 
+@pytest.mark.slow
 def test_bad_words_on_the_command_line_are_told_in_one_sentence(tmp_path: Path) -> None:
     write_llama2c(tmp_path / "m.bin", tiny_llama(300))
     for words, expected in (

@@ -182,6 +182,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     load.cache_clear()
 
 
+@pytest.mark.slow
 def test_it_is_compiled_once_and_nothing_else_is_left(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load() is not None
     (made,) = fresh.iterdir()
@@ -198,6 +199,7 @@ def test_it_is_compiled_once_and_nothing_else_is_left(fresh: Path, monkeypatch: 
     assert [command[1:] for command in commands] == [["--version"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", ["no compiler", "it fails", "no OpenMP", "wrong numbers", "no home", "no place"])
 def test_where_it_cannot_be_compiled_there_are_no_kernels(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, why: str

@@ -59,6 +59,7 @@ def climbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_ladder_trains_every_rung_and_tells_its_law(climbed: Path) -> None:
     told = json.loads((climbed / LADDER).read_text())
     rungs = told["rungs"]

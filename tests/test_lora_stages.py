@@ -243,6 +243,7 @@ def kls(run: Run) -> list[float]:
     return [line["kl"] for line in run.stage("rl").metrics() if "kl" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["ppo", "dpo"])
 def test_a_policy_with_adapters_resumes_with_the_same_weights(
     algorithm: str, rewarded: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -33,6 +33,7 @@ def faults(way: str) -> tuple[bool | None, int]:
     return kept, count
 
 
+@pytest.mark.slow
 def test_what_is_freed_is_used_again_without_asking_the_kernel() -> None:
     kept, count = faults("kept")
     if not kept:

@@ -111,6 +111,7 @@ def jobs(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
     return SYSTEM[:shared] + own, params
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(jobs(), st.integers(0, 6), st.sampled_from(["", "a"])), min_size=1, max_size=9),
     st.integers(1, 5),

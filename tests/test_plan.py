@@ -270,6 +270,7 @@ def test_a_plan_needs_a_token() -> None:
         make_plan(shape_for(1e6), 0.5)
 
 
+@pytest.mark.slow
 def test_plan_works_as_a_command() -> None:
     done = sog("plan", "--talk")
     assert done.returncode == 0 and "Kaplan" in done.stdout

@@ -265,6 +265,7 @@ def trained(kl_coefficient: float) -> tuple[float, float, float]:
     return before, share_of_good(turns), ppo.experience(turns)[1]["kl"]
 
 
+@pytest.mark.slow
 def test_it_finds_what_is_rewarded_and_the_penalty_holds_it_back() -> None:
     before, after, kl = trained(kl_coefficient=0.0)
     assert before < 0.1 and after > 0.5

@@ -131,6 +131,7 @@ write_atomic(sys.argv[1], "new")
     assert (tmp_path / "a").read_text() == "old"
 
 
+@pytest.mark.slow
 def test_a_reader_never_meets_a_part_of_a_file(tmp_path: Path) -> None:
     path, size = tmp_path / "a", 4_000_000
     write_atomic(path, b"0" * size)

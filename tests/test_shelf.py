@@ -108,6 +108,7 @@ def test_a_folder_that_became_another_model_is_refused(client: TestClient, folde
     assert said(client)[0] == "I am a 0"
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_with_the_old_model_which_is_closed_after_it(client: TestClient, folders: Folders) -> None:
     old = folders.made[0]
     old.say, old.pause = (lambda _, __: "word " * 60), 0.005
