@@ -91,6 +91,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # ------------------------------------------------------------------------------------------------------ round trips
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_what_is_saved_is_loaded_bit_for_bit(config: LoraConfig, tmp_path: Path, base: Path) -> None:
     model = adapted(some_model(), config)

@@ -118,6 +118,7 @@ def test_parse_gives_back_what_was_rendered(turns: list[Message]) -> None:
             assert CHAT.parse(body[:-1]) == message
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(conversations, messages.filter(lambda message: message.role == "assistant"), conversations)
 def test_continuation_is_what_render_has_at_that_place(past: Conversation, turn: Message, new: Conversation) -> None:

@@ -184,6 +184,7 @@ def test_headers_too_large_are_refused(live: Live, size: int) -> None:
     assert live.ask("GET", "/health")[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\r\n" * 50, b"GET / HTTP/9.9\r\n\r\n"])
 def test_what_is_no_http_ends_only_its_own_connection(live: Live, sent: bytes) -> None:
     assert seconds_until_closed(live.connect(sent)) < 2
@@ -216,6 +217,7 @@ def test_clients_that_leave_free_everything_within_a_step(live: Live, stream: bo
     wait_for(lambda: sum(thread.name == "answer" for thread in threading.enumerate()) == 0)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_told_to_stop_lets_answers_finish(tmp_path: Path) -> None:
     with FeedbackStore(tmp_path / "f.sqlite") as store:
         script = ScriptedLoop(tokenizer(), "word " * 20)

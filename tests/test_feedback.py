@@ -279,6 +279,7 @@ def test_counts_say_how_much_there_is(store: FeedbackStore) -> None:
 # -- faults ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_64_writers_at_once_lose_nothing_and_see_no_lock(store: FeedbackStore) -> None:
     question = asked(store)
     failures: list[BaseException] = []
@@ -317,6 +318,7 @@ with FeedbackStore(sys.argv[1]) as store:
 """
 
 
+@pytest.mark.slow
 def test_every_acknowledged_event_survives_kill_9(tmp_path: Path) -> None:
     path = tmp_path / "feedback.sqlite"
     acknowledged: list[str] = []

@@ -54,6 +54,7 @@ def test_the_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     assert all(count / rounds >= 0.8 for count in covered.values()), covered  # 0.87 to 1 of sixty
 
 
+@pytest.mark.slow
 def test_more_noise_makes_wider_intervals_and_a_law_not_to_be_trusted() -> None:
     widths = []
     for noise in (0.001, 0.01, 0.08):
@@ -77,6 +78,7 @@ def test_the_same_points_and_seed_give_the_same_fit() -> None:
     assert fit_law(made, resamples=20, seed=5).intervals != fit_law(made, resamples=20, seed=6).intervals
 
 
+@pytest.mark.slow
 def test_torchs_own_lbfgs_from_the_same_place_finds_nothing_better() -> None:
     made = points(SMALL, SIZES, TOKENS, 0.004, 2)
     log_n, log_d, log_l = (

@@ -227,6 +227,7 @@ def test_one_answer_cannot_be_compared(algorithm: str) -> None:
 # -------------------------------------------------------------------------------------------------------- pretraining
 
 
+@pytest.mark.slow
 def test_pretraining_beside_it_keeps_the_loss_on_its_texts_lower() -> None:
     """PPO-ptx: the same updates with and without the loss on texts, whose rows the order draws."""
     texts = torch.randint(4, 32, (8, 12), generator=torch.Generator().manual_seed(3))

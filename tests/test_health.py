@@ -182,6 +182,7 @@ def test_an_ensemble_of_one_mind_is_never_split() -> None:
 # ------------------------------------------------------------------------------------------------------------ verdicts
 
 
+@pytest.mark.slow
 def test_a_good_model_is_trusted_and_the_same_on_its_own_votes_is_not() -> None:
     rankings = votes(1000)
     scores = judged(rankings, 0.8, scale=math.log(4))

@@ -300,6 +300,7 @@ def test_a_file_cut_anywhere_is_refused(good: bytes, tmp_path: Path) -> None:
         refused(tmp_path / "m.gguf", out=tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_flipped_bits_give_a_model_or_a_sentence_and_nothing_else(good: bytes, tmp_path: Path) -> None:
     rng = random.Random(11)
     outcomes = {"model": 0, "sentence": 0}

@@ -237,6 +237,7 @@ def test_tokens_that_were_not_used_come_back(clock: Clock) -> None:
         ask(90)
 
 
+@pytest.mark.slow
 def test_only_so_many_requests_of_a_key_run_at_once(
     client: TestClient, keys: dict[str, str], script: ScriptedLoop
 ) -> None:

@@ -270,6 +270,7 @@ def test_a_reward_model_written_by_transformers_loads_here(shape: str, tmp_path:
         assert (load_reward(tmp_path / "r")(ids) - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["qwen3", "llama", "gpt2"])
 def test_transformers_reads_the_tokenizer_and_the_chat_template(
     shape: str, tmp_path: Path, tokenizer: Tokenizer

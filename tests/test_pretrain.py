@@ -196,6 +196,7 @@ def decay_of(run: Run, name: str) -> float:
     return decided["decay_times"]
 
 
+@pytest.mark.slow
 def test_weight_decay_grows_where_a_small_text_is_read_many_times(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     usual: dict[str, Any] = {"steps": 25, "weight_decay": 0.2, "save_every_s": 1e9}
     train(run, "once", config(), monkeypatch)

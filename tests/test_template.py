@@ -103,6 +103,7 @@ def dialogues(draw: st.DrawFn) -> Conversation:
     return tuple(talk)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(dialogues())
 def test_no_text_changes_the_structure(chats: dict[str, ChatFormat], talk: Conversation) -> None:

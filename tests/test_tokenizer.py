@@ -129,6 +129,7 @@ def test_impossible_settings_are_refused() -> None:
         Tokenizer.train(TEXTS, 600, 4)
 
 
+@pytest.mark.slow
 def test_a_very_long_word_takes_linear_time() -> None:
     assert TOKENIZER.decode(TOKENIZER.encode("a" * 1_000_000)) == "a" * 1_000_000
     assert len(TOKENIZER.encode(" " * 1_000_000 + "x")) > 1

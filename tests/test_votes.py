@@ -246,6 +246,7 @@ KEYS = ["prompt", "chosen", "rejected", "completions", "ranks", "completion", "l
         "annotator2", "margin", "votes", "problem"]  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=7), st.sampled_from(sorted(SAME_QUESTION)))
 def test_any_row_is_a_vote_or_one_sentence(row: dict[str, Any], base: str) -> None:
