@@ -1,6 +1,6 @@
 """Time to loss, ten minutes: what a well-tuned peer reaches on this machine in ten minutes, and when ours is there.
 
-    python benchmarks/bench_time_to_loss_ten_minutes.py TEXT [--pairs 5] [--minutes 10] [--share 0.25]
+    python benchmarks/bench_time_to_loss_ten_minutes.py TEXT [--pairs 5] [--minutes 10] [--share 0.1]
 
 Both sides read the same byte-pair tokens (8,192, trained on the training part of TEXT) and are judged in bits per byte
 on its last tenth. Peer: GPT-2 of transformers, 6 layers, 384 wide, context 256, AdamW with a cosine that ends with its
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--share", type=float, default=0.25)
+    parser.add_argument("--share", type=float, default=0.1)
     parser.add_argument("--sweep-seconds", type=float, default=120.0)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--peer-rate", type=float, help="skip the sweep: a rate that an earlier run found")
