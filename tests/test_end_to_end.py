@@ -86,7 +86,10 @@ SUMMARY = {  # the keys of the README's table, neither more nor fewer
         "val_bpb_start": number(1.0, 10.0), "val_bpb": number(0.5, 10.0),
     },
     "skills": {"base": {EACH: COUNTS}, "sft": {EACH: COUNTS}, "rl": {EACH: COUNTS}},
-    "reward": {"pair_accuracy": SHARE, "ceiling": SHARE, "rank_correlation": number(-1.0, 1.0), "n": whole(1)},
+    "reward": {
+        "pair_accuracy": SHARE, "ceiling": SHARE, "rank_correlation": number(-1.0, 1.0), "n": whole(1),
+        "apart": {"accuracy": SHARE, "longer": SHARE, "n": whole(0)},
+    },
     "rl": {
         "true_sft": number(-10.0, 10.0), "true_rl": number(-10.0, 10.0), "p_value": SHARE, "kl": number(-1.0, 100.0),
         "entropy_sft": ENTROPY, "entropy_rl": ENTROPY, "stopped": text,

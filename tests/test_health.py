@@ -11,7 +11,7 @@ import pytest
 
 from stateofgpt.data.comparisons import Ranking
 from stateofgpt.errors import DataError
-from stateofgpt.eval.health import annotators, calibration, health, length_bias, pairs_of, right
+from stateofgpt.eval.health import annotators, calibration, health, length_bias, order_agreement, pairs_of, right
 from stateofgpt.eval.intervals import clustered_mean, rank_correlation, wilson
 from stateofgpt.eval.statistics import spearman
 from stateofgpt.report.health import told
@@ -211,3 +211,13 @@ def test_no_pair_is_one_sentence_and_everything_is_json() -> None:
     lines = told(one)
     assert lines[0] == "1 pairs of 1 prompts" and any(line.startswith("verdict: ") for line in lines)
     assert right(np.array([1.0, 0.0, -1.0])).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_agreement_counts_pairs_of_one_prompt_and_ties_as_half() -> None:
+    true = np.array([[0.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
+    share, pairs = order_agreement(np.array([[0.0, 3.0, 0.0], [1.0, 2.0, 3.0]]), true, 0.0)
+    assert share == pytest.approx(0.75) and pairs == 2
+    assert order_agreement(np.zeros((1, 3)), true[1:]) == (0.5, 0)
+    near = np.array([[0.0, 0.1, 2.0]])  # the near pair counts only where it is asked for
+    assert order_agreement(np.array([[0.1, 0.0, 1.0]]), near, 0.0) == (pytest.approx(2 / 3), 3)
+    assert order_agreement(np.array([[0.1, 0.0, 1.0]]), near) == (1.0, 2)

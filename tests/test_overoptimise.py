@@ -19,7 +19,7 @@ from stateofgpt.report.build import build
 from stateofgpt.rl.overoptimisation import best_of_n_kl
 from stateofgpt.run import Run, write_json
 from stateofgpt.stages.overoptimise import RESULT, Config
-from stateofgpt.stages.overoptimised import Pool, Prompted, Trained, guarded, order_agreement, told
+from stateofgpt.stages.overoptimised import Pool, Prompted, Trained, guarded, told
 
 N, PROMPTS = 32, 40
 
@@ -62,15 +62,6 @@ def test_answers_that_came_more_often_count_more_often() -> None:
     pool = Pool(prompts, 4)
     assert pool.true.tolist() == [[1.0, 1.0, 1.0, -1.0]]
     assert pool.spread([[5.0, 7.0]]).tolist() == [[5.0, 5.0, 5.0, 7.0]]
-
-
-def test_agreement_counts_pairs_of_one_prompt_and_ties_as_half() -> None:
-    true = np.array([[0.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
-    assert order_agreement(np.array([[0.0, 3.0, 0.0], [1.0, 2.0, 3.0]]), true) == pytest.approx(0.75)
-    assert order_agreement(np.zeros((1, 3)), true[1:]) == 0.5
-    near = np.array([[0.0, 0.1, 2.0]])  # the near pair counts only where it is asked for
-    assert order_agreement(np.array([[0.1, 0.0, 1.0]]), near) == pytest.approx(2 / 3)
-    assert order_agreement(np.array([[0.1, 0.0, 1.0]]), near, 0.5) == 1.0
 
 
 def test_guards_leave_a_policy_alone_that_gets_better() -> None:

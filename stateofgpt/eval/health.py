@@ -27,6 +27,7 @@ from stateofgpt.text.chat import Conversation
 
 BINS = 10
 FEWEST_IN_BIN = 20
+APART = 0.5  # standard deviations: closer true scores differ by some characters of length, not in what was said
 Scores = Sequence[Sequence[float]]
 
 
@@ -254,3 +255,18 @@ def disagreement(pairs: Pairs, ensemble: Sequence[Scores]) -> dict[str, Any]:
         "accuracy_united": float(hits[united].mean()) if united.any() else None,
         "accuracy_split": float(hits[~united].mean()) if (~united).any() else None,
     }
+
+
+# ----------------------------------------------------------------------------------------------- where truth is known
+
+
+def order_agreement(scores: Floats, true: Floats, apart: float = APART) -> tuple[float, int]:
+    """Of answers to the same prompts, by row: the share of pairs with true scores more than `apart` standard deviations
+    apart that `scores` order as they are, equal scores as half, and how many such pairs there are (with none, 0.5)."""
+    least = apart * float(true.std())
+    hits = pairs = 0.0
+    for mine, gold in zip(scores, true, strict=True):
+        better: NDArray[np.bool_] = gold[:, None] > gold[None, :] + max(least, 1e-9)
+        pairs += float(better.sum())
+        hits += float((better * right(mine[:, None] - mine[None, :])).sum())
+    return (hits / pairs if pairs else 0.5), int(pairs)

@@ -36,7 +36,7 @@ def write_summary(recipe: Recipe, run: Run, seconds: float) -> None:
     keep: dict[str, tuple[str, tuple[str, ...]]] = {
         "tokenizer": ("tokenize", ("vocab_size", "bytes_per_token")),
         "pretrain": ("pretrain", ("n_params", "tokens", "tokens_per_second", "val_bpb_start", "val_bpb")),
-        "reward": ("reward", ("pair_accuracy", "ceiling", "rank_correlation", "n")),
+        "reward": ("reward", ("pair_accuracy", "ceiling", "rank_correlation", "apart", "n")),
         "rl": ("rl", ("true_sft", "true_rl", "p_value", "kl", "entropy_sft", "entropy_rl", "stopped")),
     }
     for key, (stage, names) in keep.items():

@@ -129,6 +129,9 @@ def reward(record: Record) -> Section:
     correlation, n = number(result.get("rank_correlation")), number(result.get("n"))
     finding = f"Of two held-out answers it prefers the one the labeller preferred {percent(accuracy, 1)} of the time"
     finding += f" (chance is 50%; the labeller’s own noise allows {percent(ceiling, 1)})." if ceiling else "."
+    if (apart := mapping(result.get("apart"))) and number(apart.get("n")):
+        share, longer = percent(number(apart.get("accuracy")), 1), percent(number(apart.get("longer")), 1)
+        finding += f" Where one answer is clearly better, it sees which on {share} (taking the longer one: {longer})."
     rows: list[list[object]] = [
         ["Chance", bar(0.5, "none")],
         ["Reward model", bar(accuracy, "reward", percent(accuracy, 1))],

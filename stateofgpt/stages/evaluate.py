@@ -54,6 +54,7 @@ TRICK_SKILLS = (
     "greet",
     "identity",
 )
+SAMPLED = ("names",)  # nothing in particular is right
 NAME_QUESTION = "Invent a name for a creature."
 N_NAMES = 100
 VARIED, ANSWERS = 16, 8  # prompts, and answers to each
@@ -154,18 +155,30 @@ class _Evaluation:
         return SamplingParams(max_tokens=self.config.max_tokens, temperature=temperature, seed=seed)
 
     def _skills(self, model: GPT, scale: float) -> tuple[dict[str, Any], dict[str, str]]:
-        """Greedy answers to held-out questions of every skill; counts, and three answers of each to show."""
+        """Answers to held-out questions of every skill; counts, and two answers of each to show.
+
+        They are greedy, but for skills of which anything new is right: there the likeliest answer is nearly the same to
+        every wording, and counting it forty times would say nothing.
+        """
         session = Session(Engine(model, max_batch=96, native=self.native), self.chat, Toolbox())
         asked = {skill: self._problems(skill, scale) for skill in SKILLS}
-        flat = [p for problems in asked.values() for p in problems]
-        turns = iter(session.converse([conversation(p) for p in flat], self._params(0.0)))
+        free = {skill: asked[skill] for skill in SAMPLED}
+        told = self._answered(session, {s: ps for s, ps in asked.items() if s not in free}, self._params(0.0))
+        told |= self._answered(session, free, self._params(self.config.names_temperature, self.run.seed))
         counts: dict[str, Any] = {}
         shown: dict[str, str] = {}
         for skill, problems in asked.items():
-            told = [next(turns).messages for _ in problems]
-            counts[skill] = score_suite(problems, told)
-            shown |= {p.question: written(m) for p, m in list(zip(problems, told, strict=True))[:2]}
+            counts[skill] = score_suite(problems, told[skill])
+            shown |= {p.question: written(m) for p, m in list(zip(problems, told[skill], strict=True))[:2]}
         return counts, shown
+
+    @staticmethod
+    def _answered(
+        session: Session, asked: dict[str, list[Problem]], params: SamplingParams
+    ) -> dict[str, list[Conversation]]:
+        """The answers to the problems of each skill, all drawn together."""
+        turns = iter(session.converse([conversation(p) for problems in asked.values() for p in problems], params))
+        return {skill: [next(turns).messages for _ in problems] for skill, problems in asked.items()}
 
     # ---- the base model -------------------------------------------------------------------------------------------
 

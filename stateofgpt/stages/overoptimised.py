@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stateofgpt.assistant.session import Turn
 from stateofgpt.data.skills import Problem
+from stateofgpt.eval.health import order_agreement
 from stateofgpt.model.heads import RewardModel
 from stateofgpt.rl.guards import GuardConfig, Look, Watcher
 from stateofgpt.rl.labeller import SimulatedLabeller
@@ -25,7 +25,6 @@ from stateofgpt.rl.overoptimisation import Fit, Floats, Form, answers_kl, best_o
 from stateofgpt.rl.reward_training import score_ids
 from stateofgpt.rl.scoring import ended
 
-APART = 0.5  # standard deviations: closer true scores differ by some characters of length, not in what was said
 NORMAL = 1.96  # half a 95 % interval of a mean, in standard errors
 
 
@@ -112,7 +111,7 @@ def _of_proxy(pool: Pool, one: Trained, ns: Sequence[int], seed: int) -> dict[st
     return {
         "name": one.name,
         **{key: one.about[key] for key in keys if key in one.about},
-        "accuracy": order_agreement(proxy, pool.true, APART * _spread(pool.true)),
+        "accuracy": order_agreement(proxy, pool.true)[0],
         "best_of_n": chosen,
         "rl": learned,
         "fits": {"best_of_n": chosen_fit, "rl": learned_fit},
@@ -162,19 +161,6 @@ def _fitted(form: Form, distances: Sequence[float], rewards: Floats, seed: int) 
 
 def _spread(values: Floats) -> float:
     return float(values.std()) or 1.0
-
-
-def order_agreement(proxy: Floats, true: Floats, least: float = 1e-9) -> float:
-    """Share of pairs of samples of one prompt, with true scores more than `least` apart, that the proxy orders as they
-    are, equal rewards as half; 0.5 where there is no such pair."""
-    right = pairs = 0.0
-    for q, g in zip(proxy, true, strict=True):
-        better: NDArray[np.bool_] = g[:, None] > g[None, :] + least
-        pairs += float(better.sum())
-        right += float((better & (q[:, None] > q[None, :])).sum()) + 0.5 * float(
-            (better & (q[:, None] == q[None, :])).sum()
-        )
-    return right / pairs if pairs else 0.5
 
 
 def guarded(looks: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
+
 from stateofgpt.assistant.session import Session
 from stateofgpt.assistant.tools import Toolbox
 from stateofgpt.data.comparisons import Ranking, read_rankings, write_rankings
@@ -19,7 +21,7 @@ from stateofgpt.data.prompts import PromptConfig, prompts
 from stateofgpt.data.skills import Problem, Split, problem_from_json, problem_to_json
 from stateofgpt.data.vote_file import read_comparisons
 from stateofgpt.errors import ConfigError, DataError
-from stateofgpt.eval.health import health
+from stateofgpt.eval.health import health, length, order_agreement
 from stateofgpt.eval.statistics import spearman
 from stateofgpt.eval.suites import conversation
 from stateofgpt.infer.engine import Engine, SamplingParams
@@ -268,7 +270,11 @@ class _RewardModelling:
                         ],
                     }
                 )
+        true = np.array(truths)
+        lengths = np.array([[length(c) for c in ranking.completions] for ranking in held_out], np.float64)
+        share, apart = order_agreement(np.array(scores), true)
         return {
+            "apart": {"accuracy": share, "longer": order_agreement(lengths, true)[0], "n": apart},
             "ceiling": noise_ceiling(pairs),
             "rank_correlation": fmean(correlations) if correlations else 0.0,
             "examples": examples,
