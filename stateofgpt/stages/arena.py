@@ -99,13 +99,16 @@ def battle(
     rng = random.Random(f"sides {seed}")
     battles: list[Battle] = []
     examples: list[dict[str, Any]] = []
-    for one, other in combinations(answers, 2):
+    pairs = list(combinations(answers, 2))
+    step = max(1, len(asked) // EXAMPLES * 3)
+    for number, (one, other) in enumerate(pairs):
+        shown = range(number * step // len(pairs), len(asked), step)  # other prompts of each pair
         for i, question in enumerate(asked):
             a, b = (one, other) if rng.random() < 0.5 else (other, one)
             verdict = prefer(i, answers[a][i], answers[b][i])
             winner = "a" if verdict == 1.0 else "b" if verdict == 0.0 else "tie"
             battles.append(Battle(a, b, winner, str(i)))  # type: ignore[arg-type]
-            if i % max(1, len(asked) // EXAMPLES * 3) == 0:
+            if i in shown:
                 examples.append(
                     {
                         "prompt": question,
