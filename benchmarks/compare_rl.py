@@ -158,7 +158,11 @@ def one(variant: Variant, source: Path, seed: int, options: argparse.Namespace) 
             )
         keys = ("iterations", "stopped", "kl", "entropy_sft", "entropy_rl")
         measured = {"seconds": stage.seconds(), **{key: result[key] for key in keys}}
-        measured |= {"best_step": result["guards"].get("best_step"), "reward": result["after"]["proxy_reward"]}
+        measured |= {
+            "given_up": result["given_up"],
+            "best_step": result["guards"].get("best_step"),
+            "reward": result["after"]["proxy_reward"],
+        }
         kept = options.out / source.name / f"sft-{seed}-{options.prompts}.json"
         before = answers(start, seed, options.prompts, way, kept)
         after = answers(stage.checkpoint, seed, options.prompts, way)
@@ -199,7 +203,9 @@ def row(name: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         told[key], told[f"{key}_interval"] = float(values.mean()), interval(values)
     told |= {"better": share_of(found, 1.0), "worse": share_of(found, 0.0)}
     told["each"] = [{"kl": one["kl"], "true": fmean(one["true"]), "won": fmean(one["won"])} for one in found]
-    return told | {"stopped": sum(bool(one["stopped"]) for one in found)}
+    # results of before there was a look at the end have no word of what was given up
+    ended = {key: sum(bool(one.get(key)) for one in found) for key in ("stopped", "given_up")}
+    return told | ended
 
 
 def share_of(found: Sequence[dict[str, Any]], verdict: float) -> float:
@@ -220,15 +226,15 @@ def interval(values: np.ndarray, resamples: int = 4000) -> list[float]:
 def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown."""
     names = ("", "trained", "s", "iterations", "KL", "entropy (SFT)", "true score (SFT)", "won against SFT", "each")
-    lines = ["| " + " | ".join((*names, "stopped")) + " |", "|" + "---|" * (len(names) + 1)]
+    lines = ["| " + " | ".join((*names, "stopped, given up")) + " |", "|" + "---|" * (len(names) + 1)]
     for r in rows:
         true = f"{r['true']:.3f} [{r['true_interval'][0]:.3f}, {r['true_interval'][1]:.3f}] ({r['sft']:.3f})"
         won = f"{r['won']:.1%} [{r['won_interval'][0]:.1%}, {r['won_interval'][1]:.1%}]"
         won += f" ({r['better']:.1%} better, {r['worse']:.1%} worse)"
-        each = ", ".join(f"{one['won']:.1%}" for one in r["each"])
+        each, ended = ", ".join(f"{one['won']:.1%}" for one in r["each"]), f"{r['stopped']}, {r['given_up']}"
         lines.append(
             f"| {r['name']} | {r['trained']} | {r['seconds']:.0f} | {r['iterations']:.0f} | {r['kl']:.2f} | "
-            f"{r['entropy_rl']:.3f} ({r['entropy_sft']:.3f}) | {true} | {won} | {each} | {r['stopped']} |"
+            f"{r['entropy_rl']:.3f} ({r['entropy_sft']:.3f}) | {true} | {won} | {each} | {ended} |"
         )
     return "\n".join(lines)
 

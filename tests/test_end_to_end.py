@@ -92,7 +92,7 @@ SUMMARY = {  # the keys of the README's table, neither more nor fewer
     },
     "rl": {
         "true_sft": number(-10.0, 10.0), "true_rl": number(-10.0, 10.0), "p_value": SHARE, "kl": number(-1.0, 100.0),
-        "entropy_sft": ENTROPY, "entropy_rl": ENTROPY, "stopped": text,
+        "entropy_sft": ENTROPY, "entropy_rl": ENTROPY, "stopped": text, "given_up": text,
     },
     "diversity": {
         EACH: {"entropy": ENTROPY, "distinct": SHARE, "new": SHARE, "plausible": SHARE, "n": named(100)},

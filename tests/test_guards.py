@@ -109,6 +109,44 @@ def test_a_policy_past_a_limit_is_never_the_best_whatever_its_score() -> None:
     assert watcher.best is not None and watcher.best.step == 8
 
 
+def closed(script: Script, config: GuardConfig | None = None, **kwargs: float) -> tuple[str, Watcher]:
+    """(what is said after the last look, the watcher)."""
+    watcher = Watcher(config or GuardConfig())
+    for look in looks(script, **kwargs):  # type: ignore[arg-type]
+        watcher.see(look)
+    return watcher.close(), watcher
+
+
+def test_a_policy_that_ends_below_what_it_began_with_is_given_up_though_the_reward_fell_too() -> None:
+    fell = lambda i: {"reward": -0.3 * i, "score": 0.7 - 0.4 * i}  # noqa: E731
+    why, watcher = closed(fell, n=2)
+    assert "below the 0." in why and why.endswith("kept is the policy it began with") and "\n" not in why
+    assert watcher.bad == 0  # no guard would have stopped it
+    rose_and_fell = lambda i: {"reward": 0.0, "score": (0.7, 1.5, 0.2)[i]}  # noqa: E731
+    why, _ = closed(rose_and_fell, n=3)
+    assert why.endswith("kept is the policy of iteration 4")
+
+
+def test_a_policy_that_ends_surely_below_its_best_is_given_up_for_it() -> None:
+    why, watcher = closed(lambda i: {"reward": 0.0, "score": (0.5, 1.5, 1.0)[i]}, n=3)
+    assert watcher.looks[-1].score > watcher.looks[0].score
+    assert f"surely below the {watcher.looks[1].score:.2f} of iteration 4" in why
+
+
+def test_what_rose_and_settled_is_published_as_it_ended_nearly_always() -> None:
+    given_up = [bool(closed(honest, seed=seed)[0]) for seed in range(200)]
+    assert sum(given_up) <= 40  # looks of independent noise: those of one training are alike, and give up fewer
+    assert not any(closed(honest, seed=seed, noise=0.0)[0] for seed in range(5))
+
+
+def test_nothing_is_given_up_where_nothing_is_judged_or_stopped_or_only_one_look_was_taken() -> None:
+    fell = lambda i: {"reward": -0.3 * i, "score": 0.7 - 0.4 * i}  # noqa: E731
+    assert closed(fell, GuardConfig(fall=None))[0] == "" and closed(fell, GuardConfig(stop=False))[0] == ""
+    assert closed(fell, n=1)[0] == "" and Watcher(GuardConfig()).close() == ""
+    past = {1: {"score": 3.0, "length": 200.0}}  # better than the best, and past a limit: one such look stops nothing
+    assert closed(lambda i: {"reward": 0.1 * i, **past.get(i, {})}, n=2)[0] == ""
+
+
 def test_told_not_to_stop_it_only_watches() -> None:
     at, _, watcher = stopped(hacked, GuardConfig(stop=False))
     assert at is None and watcher.bad >= 5 and len(watcher.looks) == 12

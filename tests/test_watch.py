@@ -16,6 +16,7 @@ from torch import Tensor
 from stateofgpt.assistant.session import Turn
 from stateofgpt.data.skills import Problem
 from stateofgpt.infer.engine import Engine, SamplingParams
+from stateofgpt.model.checkpoint import load_model
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.heads import RewardModel, ValueModel
 from stateofgpt.rl.guards import GuardConfig
@@ -24,7 +25,7 @@ from stateofgpt.rl.ppo import PPO
 from stateofgpt.run import Run, read_json, write_json
 from stateofgpt.stages import rl
 from stateofgpt.stages.judge import FEWEST, NO_END, Judged, better_than_a_coin, rankings_apart, second_judge
-from stateofgpt.stages.watch import LOOKS, STOPPED, Watch, restore
+from stateofgpt.stages.watch import LOOKS, SMALL_BATCH, STOPPED, Watch, restore
 from stateofgpt.stages.way import way_of
 from stateofgpt.text.chat import ChatFormat, Message
 from stateofgpt.text.tokenizer import Tokenizer
@@ -207,7 +208,17 @@ class Killed(Exception):
     pass
 
 
-def hack(run_folder: Path, killed_at: int | None = None) -> dict[str, Any]:
+def begun_again(debug_run: Path, folder: Path) -> Path:
+    """A debug run whose reinforcement learning has not begun."""
+    shutil.copytree(debug_run, folder)
+    for later in ("rl", "eval", "arena"):
+        shutil.rmtree(folder / later)
+    return folder
+
+
+def hack(
+    run_folder: Path, killed_at: int | None = None, *, killed_looking: bool = False, **changes: Any
+) -> dict[str, Any]:
     """The rl stage of a debug run, with a reward for some tokens and a judge who dislikes them."""
     raw = json.loads((run_folder / "run.json").read_text())
     with Run.open(run_folder, raw["recipe"], raw["config"], raw["seed"]) as run:
@@ -216,6 +227,7 @@ def hack(run_folder: Path, killed_at: int | None = None) -> dict[str, Any]:
             iterations=14, batch=8, max_tokens=20, held_out_prompts=8, max_kl=1e9, save_every_s=0.0, ppo=fast,
             guards=GuardConfig(every=2, prompts=12, entropy_floor=None, length_drift=None),
         )  # fmt: skip
+        config = replace(config, **changes)
         stage = run.stage("rl")
         with stage.timed():
             training = rl.PolicyTraining(
@@ -230,7 +242,12 @@ def hack(run_folder: Path, killed_at: int | None = None) -> dict[str, Any]:
                     raise Killed
                 return iterate(i, n)
 
+            def no_look(step: int) -> str:
+                raise Killed
+
             training._iterate = until  # type: ignore[method-assign]
+            if killed_looking:
+                training.watch.close = no_look  # type: ignore[method-assign]
             return training.work()
 
 
@@ -238,10 +255,7 @@ def hack(run_folder: Path, killed_at: int | None = None) -> dict[str, Any]:
 def test_a_stopped_run_that_was_killed_on_the_way_ends_in_the_same_bits(debug_run: Path, tmp_path: Path) -> None:
     ends = []
     for name, kills in (("whole", ()), ("killed", (1, 3))):
-        folder = tmp_path / name / "debug"
-        shutil.copytree(debug_run, folder)
-        for later in ("rl", "eval", "arena"):
-            shutil.rmtree(folder / later)
+        folder = begun_again(debug_run, tmp_path / name / "debug")
         for at in kills:
             with pytest.raises(Killed):
                 hack(folder, at)
@@ -254,3 +268,64 @@ def test_a_stopped_run_that_was_killed_on_the_way_ends_in_the_same_bits(debug_ru
     assert "held-out score fell" in result["stopped"]
     assert result["guards"]["score_best"] > result["guards"]["score_last"]
     assert ends[0][1] != ends[0][2]  # what is kept is not what was stopped
+
+
+WEIGHTS = "model.safetensors"
+SHORT = {"iterations": 3, "guards": GuardConfig(every=4, prompts=12, entropy_floor=None, length_drift=None)}
+
+
+@pytest.mark.slow
+def test_a_training_too_short_for_the_guards_that_ends_worse_leaves_the_policy_it_began_with(
+    debug_run: Path, tmp_path: Path
+) -> None:
+    ends = []
+    for name, kills in (("whole", ()), ("killed", ({"killed_at": 1}, {"killed_at": 2}, {"killed_looking": True}))):
+        folder = begun_again(debug_run, tmp_path / name / "debug")
+        for kill in kills:
+            with pytest.raises(Killed):
+                hack(folder, **SHORT, **kill)  # type: ignore[arg-type]
+        result = hack(folder, **SHORT)
+        files = (f"checkpoint/{WEIGHTS}", f"{STOPPED}/{WEIGHTS}", LOOKS)
+        ends.append((result, *((folder / "rl" / file).read_bytes() for file in files)))
+    assert ends[0] == ends[1]
+    result, published, given_up, _ = ends[0]
+    assert result["stopped"] == "" and result["given_up"].endswith("kept is the policy it began with")
+    assert result["kl"] == 0.0 and result["true_rl"] == result["true_sft"] and result["guards"]["looks"] == 2
+    begin = load_model(debug_run / "sft/checkpoint").state_dict()
+    kept = load_model(tmp_path / "whole/debug/rl/checkpoint").state_dict()
+    assert all(torch.equal(begin[name], tensor) for name, tensor in kept.items()) and published != given_up
+    # one that was begun before there was a look at the end publishes what it would have published
+    folder = begun_again(debug_run, tmp_path / "before/debug")
+    with pytest.raises(Killed):
+        hack(folder, 2, **SHORT)  # type: ignore[arg-type]
+    decisions = read_json(folder / "rl/decisions.json")
+    write_json(folder / "rl/decisions.json", {k: v for k, v in decisions.items() if k != "closes"})
+    result = hack(folder, **SHORT)
+    assert result["given_up"] == "" and result["guards"]["looks"] == 1
+    assert (folder / "rl/checkpoint" / WEIGHTS).read_bytes() == given_up and not (folder / "rl" / STOPPED).exists()
+
+
+@pytest.mark.slow
+def test_a_policy_stopped_by_its_kl_is_looked_at_as_it_is_left(debug_run: Path, tmp_path: Path) -> None:
+    folder = begun_again(debug_run, tmp_path / "debug")
+    result = hack(folder, max_kl=1e-6, **SHORT)  # type: ignore[arg-type]
+    seen = read_json(folder / "rl" / LOOKS)["looks"]
+    assert "passed the budget" in result["stopped"] and result["given_up"] == ""
+    assert [look["step"] for look in seen] == [0, 2]  # what the first update led to was taken back
+    assert seen[0]["scores"] == seen[1]["scores"] and not (folder / "rl" / STOPPED).exists()
+
+
+def test_the_seconds_of_all_looks_are_kept_free(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", "test", {}, 0) as run:
+        ppo = PPO(model(), model(), ValueModel(RewardModel(model(1), PAD)), Scripted(good), UpdateConfig(),
+                  pad_id=PAD, way=Way())  # fmt: skip
+        scores = lambda problems, turns: [0.0 for _ in turns]  # noqa: E731
+        for every in (0, 1, 3, 4):
+            watch = Watch(GuardConfig(every=every), run.stage("rl"), ppo, lambda problems: [], PROMPTS,
+                          Judged("a program", scores), scores)  # fmt: skip
+            look = SMALL_BATCH * 0.01 * len(PROMPTS)
+            for seconds in (0.3, 5.0, 11.0, 40.0, 97.3):
+                n = watch.affordable(seconds, 2.0, 0.01)
+                steps = [{0, *(k for k in range(m + 1) if every and k % every == 0), m} for m in (n, n + 1)]
+                costs = [2.0 * m + look * len(at) * (every > 0) for m, at in zip((n, n + 1), steps, strict=True)]
+                assert costs[1] > seconds and (costs[0] <= seconds or n == 0), (every, seconds, n)

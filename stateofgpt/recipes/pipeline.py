@@ -155,7 +155,7 @@ def _told(name: str, result: dict[str, Any]) -> str:
     if name == "rl":
         return (
             f"true score {result['true_sft']:.2f} -> {result['true_rl']:.2f} (p = {result['p_value']:.2g}), "
-            f"KL {result['kl']:.1f} nats"
+            f"KL {result['kl']:.1f} nats" + (f"; {why}" if (why := result.get("given_up")) else "")
         )
     if name == "eval":
         right = {

@@ -37,7 +37,7 @@ def write_summary(recipe: Recipe, run: Run, seconds: float) -> None:
         "tokenizer": ("tokenize", ("vocab_size", "bytes_per_token")),
         "pretrain": ("pretrain", ("n_params", "tokens", "tokens_per_second", "val_bpb_start", "val_bpb")),
         "reward": ("reward", ("pair_accuracy", "ceiling", "rank_correlation", "apart", "n")),
-        "rl": ("rl", ("true_sft", "true_rl", "p_value", "kl", "entropy_sft", "entropy_rl", "stopped")),
+        "rl": ("rl", ("true_sft", "true_rl", "p_value", "kl", "entropy_sft", "entropy_rl", "stopped", "given_up")),
     }
     for key, (stage, names) in keep.items():
         if (result := results[stage]) is not None:

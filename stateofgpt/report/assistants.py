@@ -202,6 +202,8 @@ def reinforcement(record: Record) -> Section:
     finding += "."
     if stopped := pages.clean(result.get("stopped") or "", 200).rstrip("."):
         finding += f" It stopped early: {stopped}."
+    if given_up := pages.clean(result.get("given_up") or "", 200).rstrip("."):
+        finding += f" Its last policy was given up: {given_up}."
     charts = [
         ("Reward: share of right answers" if verified else "Reward by the reward model", "proxy_reward"),
         ("True score", "true_score"),

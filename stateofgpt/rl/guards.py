@@ -19,11 +19,15 @@ from typing import Any
 
 from stateofgpt.errors import ConfigError
 
+SURELY = (
+    2.0  # standard errors of the paired difference by which the best look must lead for a last policy to be given up
+)
+
 
 @dataclass(frozen=True)
 class GuardConfig:
     """When a policy counts as lost. A limit of `none` is no limit; with `stop` false the looks are taken and told, and
-    nothing is stopped.
+    nothing is stopped or given up.
 
     `every` iterations `prompts` held-out prompts are asked. `entropy_floor` is a share of the entropy before training,
     `length_drift` a factor, up or down, on the length before. The judge's mean score has fallen where it is below that
@@ -119,6 +123,25 @@ class Watcher:
             return ""
         return self._sentence(look, [*fallen, *limits])
 
+    def close(self) -> str:
+        """Asked after the last look: why the policy that it saw is given up for that of the best look, one sentence
+        without a full stop, or nothing.
+
+        It is where the score ended below the first look's, or where the best look leads it by `SURELY` standard errors
+        of the paired difference. Without a verdict on scores (`fall` None) there is none here either.
+        """
+        best, last, c = self.best, self.looks[-1] if self.looks else None, self.config
+        if best is None or last is None or best is last or not c.stop or c.fall is None:
+            return ""
+        lead, error = mean_and_error(best.scores, last.scores)
+        if last.score < (first := self.looks[0].score):
+            found = f"below the {first:.2f} before training"
+        elif lead > SURELY * error:
+            found = f"surely below the {best.score:.2f} of iteration {best.step}"
+        else:
+            return ""
+        return f"the held-out score ended at {last.score:.2f}, {found}; kept is {self._kept()}"
+
     def won(self, look: Look) -> float:
         """Share of held-out prompts on which the judge prefers the look's answer to that before training, ties as
         half."""
@@ -156,12 +179,15 @@ class Watcher:
 
     def _sentence(self, look: Look, found: Sequence[str]) -> str:
         assert self.best is not None
-        kept = f"the policy of iteration {self.best.step}" if self.best.step else "the policy it began with"
         times = f"{self.bad} looks in a row" if self.bad > 1 else "at a look"
         return (
             f"{' and '.join(found)} while the reward rose from {self.best.reward:.2f} to {look.reward:.2f}, {times} up "
-            f"to iteration {look.step}; kept is {kept}"
+            f"to iteration {look.step}; kept is {self._kept()}"
         )
+
+    def _kept(self) -> str:
+        assert self.best is not None
+        return f"the policy of iteration {self.best.step}" if self.best.step else "the policy it began with"
 
 
 def mean_and_error(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:

@@ -31,11 +31,11 @@ def summary(
     seconds: dict[str, float], reward: dict[str, Any], policy: dict[str, Any], battles: dict[str, Any]
 ) -> dict[str, Any]:
     """What an improved run's `summary.json` has in common with any run's."""
-    names = ("true_sft", "true_rl", "p_value", "kl", "entropy_sft", "entropy_rl", "stopped")
+    names = ("true_sft", "true_rl", "p_value", "kl", "entropy_sft", "entropy_rl", "stopped", "given_up")
     return {
         "wall_seconds": {"total": round(sum(seconds.values()), 2), **seconds},
         "reward": {key: reward[key] for key in ("pair_accuracy", "n")},
-        "rl": {key: policy[key] for key in names},
+        "rl": {key: policy[key] for key in names if key in policy},
         "arena": battles["leaderboard"],
     }
 

@@ -173,7 +173,8 @@ class _Round:
         reward = self._reward()
         self._say("reward", f"{reward['n_prompts']} rankings in {reward['steps']} steps")
         policy = self._policy(reward)
-        self._say("rl", ", ".join(filter(None, [f"KL {policy['kl']:.1f} nats from the old policy", policy["stopped"]])))
+        told = f"KL {policy['kl']:.1f} nats from the old policy", policy["stopped"], policy.get("given_up")
+        self._say("rl", ", ".join(filter(None, told)))
         battles = self._battles()
         result = compared.measured(len(self.set.held_out), reward, policy, battles)
         result |= {"models": {"before": names[0], "after": names[1]}, **counts}

@@ -206,21 +206,25 @@ class PolicyTraining:
         self.stage.truncate_metrics(first if first else -1)
         self.watch.begin()
         last_save = time.monotonic()
-        stopped = ""
+        stopped = given_up = ""
         for i in range(first, iterations):
-            kl = self._iterate(i, iterations)
+            kl, why = self._iterate(i, iterations), ""
             if kl > self.config.max_kl:
                 stopped = f"KL {kl:.1f} passed the budget of {self.config.max_kl:g} nats at iteration {i + 1}"
                 restore(self.policy, self.within_budget)
-                break
-            if stopped := self.watch.after(i + 1):
+            else:
+                stopped = why = self.watch.after(i + 1)
+            if not why and (stopped or i + 1 == iterations):
+                why = given_up = self.watch.close(i + 1)
+            if why:
                 self._save(self.stage.dir / STOPPED, {"kl": kl})
                 restore(self.policy, self.watch.best)
+            if stopped or given_up:
                 break
             if time.monotonic() - last_save > self.config.save_every_s or i + 1 == iterations:
                 state.save(i + 1, self._tensors(), self.optimization.numbers() | self.watch.numbers())
                 last_save = time.monotonic()
-        return self._finish(before, held_out, iterations, stopped)
+        return self._finish(before, held_out, iterations, stopped, given_up)
 
     def _iterate(self, i: int, iterations: int) -> float:
         """One batch of rollouts and its updates; returns the KL before them."""
@@ -284,8 +288,8 @@ class PolicyTraining:
         seconds = time.perf_counter() - start
         self._load(tensors, numbers)
         measuring = self.stage.seconds() - seconds
-        seconds += self.watch.seconds(measuring / self.config.held_out_prompts)
-        return max(4, int((self.config.seconds - self.stage.seconds() - measuring) / seconds))
+        room = self.config.seconds - self.stage.seconds() - measuring
+        return max(4, self.watch.affordable(room, seconds, measuring / self.config.held_out_prompts))
 
     def _tensors(self) -> dict[str, Tensor]:
         before = {f"within_budget.{n}": t for n, t in learned(self.policy, self.within_budget).items()}
@@ -298,7 +302,7 @@ class PolicyTraining:
         self.within_budget |= {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     def _finish(
-        self, before: dict[str, Any], held_out: Sequence[Problem], iterations: int, stopped: str
+        self, before: dict[str, Any], held_out: Sequence[Problem], iterations: int, stopped: str, given_up: str
     ) -> dict[str, Any]:
         after = self._measure(held_out)
         result = {
@@ -306,6 +310,7 @@ class PolicyTraining:
             "reward": self.rewarded,
             "iterations": iterations,
             "stopped": stopped,
+            "given_up": given_up,
             "true_sft": fmean(before["scores"]),
             "true_rl": fmean(after["scores"]),
             "p_value": sign_flip_test(after["scores"], before["scores"], seed=self.run.seed),

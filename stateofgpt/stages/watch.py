@@ -29,7 +29,7 @@ from stateofgpt.train.loss import Way
 
 FIRST = 12_000  # the index of the first held-out prompt of a look; those before and after training begin at 10,000
 PREFIX = "best."
-STOPPED = "stopped"  # beside the checkpoint: the policy at which a guard stopped the run
+STOPPED = "stopped"  # beside the checkpoint: the policy that a guard gave up
 LOOKS = "looks.json"
 SMALL_BATCH = 1.3  # an answer of a small batch takes this much longer than one of a large one
 
@@ -54,6 +54,8 @@ class Watch:
         self.judge = judged.judge or scores
         self.watcher = Watcher(config)
         self.best = kept(self.policy) if config.every else {}
+        begun = bool(stage.decided("before"))  # before there was a look at the end: it goes on without one
+        self.closes: bool = stage.decide("closes", lambda: {"closes": not begun})["closes"] if config.every else False
 
     @property
     def policy(self) -> GPT:
@@ -68,9 +70,24 @@ class Watch:
         """Called after every iteration; why to stop, or nothing."""
         return self._see(step) if self.config.every and step % self.config.every == 0 else ""
 
-    def seconds(self, per_answer: float) -> float:
-        """What looks cost an iteration, where an answer and its scores take `per_answer` seconds."""
-        return SMALL_BATCH * per_answer * len(self.problems) / self.config.every if self.config.every else 0.0
+    def close(self, step: int) -> str:
+        """Called at the end of a training of `step` iterations, which no guard stopped: looks at the policy unless that
+        was done; why it is given up for the best, or nothing."""
+        if not self.closes:
+            return ""
+        why = self._see(step) if self.watcher.looks[-1].step != step else ""
+        return why or self.watcher.close()
+
+    def affordable(self, seconds: float, iteration: float, per_answer: float) -> int:
+        """How many iterations of `iteration` seconds fit into `seconds` with their looks, the first and the last among
+        them, where an answer and its scores take `per_answer` seconds."""
+        every, look = self.config.every, SMALL_BATCH * per_answer * len(self.problems)
+        if not every:
+            return int(seconds / iteration)
+        n = max(0, int(seconds / (iteration + look / every)))
+        while n and n * iteration + (1 + -(-n // every)) * look > seconds:
+            n -= 1
+        return n
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
