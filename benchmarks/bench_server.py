@@ -7,7 +7,9 @@
     python benchmarks/bench_server.py soak --port 8000 --minutes 10 --pid PID
 
 Each prints one JSON object. `ttft`: seconds to the first text and between texts at several numbers of clients. `slow`:
-the same for 8 clients, alone and beside clients that hold half a header, half a body or an unread stream, in pairs.
+the same for 8 clients, in pairs of phases: beside clients that hold half a header, half a body, nothing or an answer
+that they do not read, and beside as many answers asked for at the same times and read. (`hold` is those clients, in a
+process of their own.)
 `idle`: connections that send nothing, how many the server held at once, refused, or had closed at the end, where its
 time for a header is over, and its memory for each.
 `leave`: clients that leave after three pieces, and what is left of them. `soak`: a mixed load, and the slopes of the
@@ -19,18 +21,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
+import math
 import os
 import random
 import resource
+import socket
 import statistics
+import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 # None that an assistant would use a tool for: what is not shown would count as time to the first text.
 TEXTS = ("Invent a name.", "Who are you?", "Hello.", "Tell me more.", "What is your name?")
+AGAIN_S = 20.0  # between two answers that one and the same client asks for
 Times = dict[str, list[float]]
 
 
@@ -53,8 +61,15 @@ class Target:
         body = {"messages": said, "seed": seed, "max_tokens": tokens or self.max_tokens, "stream": True}
         return self.request("/v1/chat/completions", {**body, "temperature": 1.0})
 
-    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection(self.host, self.port)
+    async def open(self, room: int | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection; `room` is how many bytes the kernel keeps for a reader, by default as many as it likes."""
+        if room is None:
+            return await asyncio.open_connection(self.host, self.port)
+        made = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+        made.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(made, (self.host, self.port))
+        return await asyncio.open_connection(sock=made, limit=min(room, 1 << 16))
 
     async def once(self, path: str) -> str:
         reader, writer = await self.open()
@@ -102,15 +117,17 @@ def shown(times: Times, seconds: float) -> dict[str, Any]:
     return found
 
 
-async def crowd(target: Target, clients: int, requests: int, seed: int = 0) -> dict[str, Any]:
-    """So many clients, each asking again as soon as it was answered."""
-    times, left = empty(), iter(range(requests))
+async def crowd(target: Target, clients: int, requests: int | None, seconds: float = math.inf) -> dict[str, Any]:
+    """So many clients, each asking again as soon as it was answered, until all requests or seconds are used."""
+    times, left = empty(), itertools.count() if requests is None else iter(range(requests))
+    began = time.perf_counter()
 
     async def client() -> None:
         for number in left:
-            await stream(target, seed + number, times)
+            if time.perf_counter() - began > seconds:
+                return
+            await stream(target, number, times)
 
-    began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     return {"clients": clients, **shown(times, time.perf_counter() - began)}
 
@@ -120,42 +137,88 @@ async def ttft(target: Target, options: argparse.Namespace) -> Any:
     return [await crowd(target, clients, options.requests) for clients in options.clients]
 
 
-async def slow(target: Target, options: argparse.Namespace) -> Any:
-    """Pairs: alone, beside slow clients that come back whenever they are cut."""
-    stop = asyncio.Event()
-    cut = 0
+async def hold(target: Target, options: argparse.Namespace) -> Any:
+    """Clients for so many seconds, a quarter of each kind: half a header, an answer that is not read, half a body,
+    nothing at all. The first three kinds of waiting are ended by the server, and come back at once; who asks for an
+    answer comes back every `AGAIN_S` seconds. With --ordinary only those who ask come, at the same times, and read."""
+    end, tally = time.monotonic() + options.seconds, Counter[str]()
+    half = target.request("/v1/chat/completions", {"messages": []})
+    sent = {0: half[:60], 2: half[:-2], 3: b""}
 
-    async def hold(kind: int) -> None:
-        nonlocal cut
-        while not stop.is_set():
+    async def ask(number: int) -> None:
+        reader, writer = await target.open(None if options.ordinary else 4096)
+        writer.write(target.chat(number, 64))
+        if options.ordinary:
+            data = await reader.read()
+            tally["answered" if b"[DONE]" in data else "refused"] += 1
+        else:
+            await asyncio.sleep(max(0.0, min(AGAIN_S - 1, end - time.monotonic())))
+            tally["not read"] += 1
+        writer.close()
+
+    async def wait(number: int) -> None:
+        reader, writer = await target.open()
+        writer.write(sent[number % 4])
+        try:
+            await asyncio.wait_for(reader.read(), max(0.01, end - time.monotonic()))
+            tally["cut"] += 1
+        except TimeoutError:
+            tally["still held"] += 1
+        writer.close()
+
+    async def client(number: int) -> None:
+        await asyncio.sleep(options.arrive * number / options.slow)
+        while (now := time.monotonic()) < end:
+            asks = number % 4 == 1
             try:
-                reader, writer = await target.open()
-                head = target.request("/v1/chat/completions", {"messages": []})
-                writer.write((head[:60], head[:-2], target.chat(kind, 64), b"")[kind % 4])
-                await asyncio.sleep(0.5 if kind % 4 == 2 else 0)
-                reading = asyncio.ensure_future(reader.read(1) if kind % 4 != 2 else asyncio.sleep(20))
-                stopping = asyncio.ensure_future(stop.wait())
-                await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                reading.cancel()
-                stopping.cancel()
-                cut += 1
-                writer.close()
+                await (ask(number) if asks else wait(number))
             except OSError:
+                tally["broken"] += 1
                 await asyncio.sleep(0.1)
+            if asks:
+                await asyncio.sleep(max(0.0, min(now + AGAIN_S, end) - time.monotonic()))
 
-    pairs = []
+    numbers = range(1, options.slow, 4) if options.ordinary else range(options.slow)
+    await asyncio.gather(*(client(number) for number in numbers))
+    return tally
+
+
+async def slow(target: Target, options: argparse.Namespace) -> Any:
+    """Pairs of phases: beside clients of whom a quarter ask and do not read and the others only wait, and beside as
+    many who ask at the same times and read. The ratio is what slowness adds to the load. First, nobody beside."""
+
+    async def phase(*beside: str) -> dict[str, Any]:
+        holder = None
+        if beside:
+            given = ["hold", *beside, "--host", target.host, "--port", target.port, "--slow", options.slow]
+            given += ["--seconds", options.seconds, "--arrive", options.arrive]
+            command = [sys.executable, __file__, *map(str, given)]
+            holder = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+            await asyncio.sleep(1.0)
+        found = await crowd(target, 8, None, seconds=options.seconds - 2)
+        if holder is not None:
+            said, _ = await holder.communicate()
+            found["beside"] = json.loads(said)["found"]
+        while json.loads(await target.once("/ready"))["answers_running"]:
+            await asyncio.sleep(0.2)
+        return found
+
     await crowd(target, 2, 8)
+    alone, pairs = await phase(), []
     for number in range(options.pairs):
-        stop.clear()
-        alone = await crowd(target, 8, options.requests, number * 1000)
-        holders = [asyncio.create_task(hold(kind)) for kind in range(options.slow)]
-        await asyncio.sleep(1)
-        beside = await crowd(target, 8, options.requests, number * 1000)
-        stop.set()
-        await asyncio.gather(*holders)
-        pairs.append({"alone": alone, "beside": beside})
-    ratios = [pair["beside"]["first"]["p99_ms"] / pair["alone"]["first"]["p99_ms"] for pair in pairs]
-    return {"slow": options.slow, "cut": cut, "p99_first_ratio": sorted(round(r, 3) for r in ratios), "pairs": pairs}
+        order = ("slow", "ordinary") if number % 2 else ("ordinary", "slow")
+        pairs.append(
+            {
+                name: await phase(*(["--key", target.key], ["--key", target.key, "--ordinary"])[name == "ordinary"])
+                for name in order
+            }
+        )
+        print(json.dumps(pairs[-1]), file=sys.stderr, flush=True)
+    ratios = {
+        cut: sorted(round(pair["slow"]["first"][cut] / pair["ordinary"]["first"][cut], 3) for pair in pairs)
+        for cut in ("p50_ms", "p99_ms")
+    }
+    return {"slow": options.slow, "first_ratio": ratios, "alone": alone, "pairs": pairs}
 
 
 async def idle(target: Target, options: argparse.Namespace) -> Any:
@@ -266,7 +329,7 @@ def process(pid: int | None) -> dict[str, float]:
 
 
 MODES: dict[str, Callable[[Target, argparse.Namespace], Awaitable[Any]]] = {
-    "ttft": ttft, "slow": slow, "idle": idle, "leave": leave, "soak": soak,
+    "ttft": ttft, "slow": slow, "hold": hold, "idle": idle, "leave": leave, "soak": soak,
 }  # fmt: skip
 
 
@@ -282,6 +345,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--slow", type=int, default=500)
+    parser.add_argument("--seconds", type=float, default=40.0, help="of a phase of `slow`")
+    parser.add_argument("--arrive", type=float, default=5.0, help="the slow clients come within so many seconds")
+    parser.add_argument("--ordinary", action="store_true", help="of `hold`: only those who ask, and they read")
     parser.add_argument("--connections", type=int, default=10_000)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=10.0)

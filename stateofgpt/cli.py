@@ -205,6 +205,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     serve.option("--max-answers", type=to_count, help="how many answers may be written or waiting at once (default 64)")
     serve.option("--max-connections", type=to_count, help="how many connections may be open (default 1024)")
     serve.option("--drain", type=to_seconds, metavar="SECONDS", help="for answers to finish at SIGTERM (default 20)")
+    text = "leave when a step of an engine takes longer (default 120, and more where the model needs more)"
+    serve.option("--step-limit", type=to_seconds, metavar="SECONDS", help=text)
 
     keys = verb("keys", act.keys, "make, list or remove the API keys of a server")
     keys.add_argument("deed", metavar="add|list|remove", choices=("add", "list", "remove"))

@@ -198,6 +198,7 @@ def serve(options: argparse.Namespace) -> None:
         "max_answers": options.max_answers,
         "max_connections": options.max_connections,
         "drain_s": options.drain,
+        "step_s": options.step_limit,
         "names": tuple(name.lower() for name in options.name) if options.name else None,
     }
     chosen = {name: value for name, value in given.items() if value is not None}

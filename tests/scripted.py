@@ -46,6 +46,7 @@ class ScriptedLoop:
             guides=self._guide,
             guide=lambda params: self._guide(params.constraint),
         )
+        self.turn = None
         self.alive, self.load = True, {"open": 0, "waiting": 0}
         self.closed = False
 
@@ -57,7 +58,7 @@ class ScriptedLoop:
     def busy(self) -> int:
         return len(self.open)
 
-    def close(self) -> None:
+    def close(self, wait_s: float | None = None) -> None:
         self.closed = True
 
     def add(self, prompt: Sequence[int], params: SamplingParams, *, hold: bool = False, tenant: str = "") -> int:

@@ -217,6 +217,30 @@ def test_clients_that_leave_free_everything_within_a_step(live: Live, stream: bo
     wait_for(lambda: sum(thread.name == "answer" for thread in threading.enumerate()) == 0)
 
 
+def test_an_answer_waits_for_a_reader_that_does_not_read_and_is_whole_when_it_does(tmp_path: Path) -> None:
+    with FeedbackStore(tmp_path / "f.sqlite") as store:
+        script = ScriptedLoop(tokenizer(), "word " * 1000)
+        live = Live(script, store, Config(write_s=20))
+        data = json.dumps(ASK).encode()
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(10)
+        connection.connect(("127.0.0.1", live.port))
+        connection.sendall(HEAD + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        steps = -1
+        while steps != script.steps or not steps:
+            steps = script.steps
+            time.sleep(0.2)
+        assert steps < 1500 < ASK["max_tokens"]  # type: ignore[operator]
+        assert len(live.app.state.running) == 1
+        seen = b""
+        while b"[DONE]" not in seen[-200:]:
+            seen += connection.recv(65536)
+        assert script.steps > 2000 and seen.count(b'"content": ') == script.steps + 1
+        connection.close()
+        live.stop()
+
+
 @pytest.mark.slow
 def test_a_server_that_is_told_to_stop_lets_answers_finish(tmp_path: Path) -> None:
     with FeedbackStore(tmp_path / "f.sqlite") as store:

@@ -329,6 +329,35 @@ def test_a_loop_serves_threads_alike_and_cancels_within_a_step() -> None:
         assert answer == naive_greedy(model, prompt, 9).ids
 
 
+def test_nothing_is_drawn_for_a_reader_that_lags_behind_and_its_answer_is_the_same() -> None:
+    model, prompts = make_model(), prompts_of(3, 5, 7)
+    params = SamplingParams(max_tokens=40, temperature=0.0)
+    with EngineLoop(Engine(model, max_batch=1), unread=6) as loop:
+        unread = loop.add(prompts[0], params)
+        for prompt in prompts[1:]:  # it has given its only row up
+            assert [e.token for e in loop.events([loop.add(prompt, params)])] == naive_greedy(model, prompt, 40).ids
+        assert len(loop._inbox[unread]) == 6 and loop.busy == 1 and loop.engine.idle
+        assert [e.token for e in loop.events([unread])] == naive_greedy(model, prompts[0], 40).ids
+        left = loop.add(prompts[0], params)
+        list(loop.events([loop.add(prompts[1], params)]))
+        loop.cancel(left)
+        assert len(list(loop.events([loop.add(prompts[2], params)]))) == 40
+        assert not loop.engine._requests and not loop._pausing
+
+
+def test_a_request_that_pauses_is_not_extended() -> None:
+    engine = Engine(make_model())
+    request = engine.add([1, 2], SamplingParams(max_tokens=9))
+    engine.step()
+    engine.pause(request)
+    assert engine.step() == [] and engine.idle and engine.unfinished(request)
+    with pytest.raises(ModelError, match="not held"):
+        engine.extend(request, [3])
+    engine.go_on(request)
+    engine.go_on(request)
+    assert len(list(engine.events([request]))) == 8
+
+
 def test_a_loop_whose_engine_fails_tells_those_affected_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(make_model())
     with EngineLoop(engine) as loop:

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import logging
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from test_loader import folder  # noqa: F401 a fixture: runs/tiny with its check
 from stateofgpt.data.feedback import FeedbackStore
 from stateofgpt.errors import CheckpointError
 from stateofgpt.infer.engine import Engine
-from stateofgpt.infer.loop import FRUITLESS, EngineDied, EngineFailed, EngineLoop
+from stateofgpt.infer.loop import FRUITLESS, EngineDied, EngineFailed, EngineHung, EngineLoop
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.serve import process
 from stateofgpt.serve.app import create_app
@@ -111,17 +112,121 @@ def test_an_engine_that_fails_with_no_request_left_to_blame_is_dead() -> None:
         assert isinstance(loop.died, RuntimeError) and FRUITLESS > 1
 
 
+# -- steps that do not come back -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wall() -> Iterator[threading.Event]:
+    """A step that hangs goes on when this is set: after the test."""
+    found = threading.Event()
+    yield found
+    found.set()
+
+
+def hangs_at(engine: Engine, step: int, wall: threading.Event) -> None:
+    """Let a step of the engine take until `wall` is set."""
+    real, left = engine.step, [step]
+
+    def stuck() -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            wall.wait(60)
+        return real()
+
+    engine.step = stuck  # type: ignore[method-assign]
+
+
+def test_an_engine_that_is_given_up_tells_all_who_wait_and_nothing_it_does_later_is_heard(
+    wall: threading.Event,
+) -> None:
+    engine = Engine(make_model(), max_batch=2)
+    loop = EngineLoop(engine)
+    list(loop.events([loop.add([1, 2], LONG)]))
+    wait_for(lambda: loop.turn is None)
+    hangs_at(engine, 3, wall)
+    ends: list[BaseException] = []
+
+    def told(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except EngineDied as error:
+            ends.append(error)
+
+    works: list[Callable[[], object]] = [lambda: list(loop.events([loop.add([1, 2], LONG)]))] * 3
+    works.append(lambda: loop.score([[1, 2, 3]] * 9))  # more than there are turns
+    readers = [threading.Thread(target=told, args=(work,)) for work in works]
+    for reader in readers:
+        reader.start()
+    wait_for(lambda: "stuck" in loop.where())
+    turn = loop.turn
+    time.sleep(0.05)
+    assert turn is not None and loop.turn == turn and turn.tokens >= 64  # prompts are read whole here
+    loop.give_up(EngineHung("it was too long"))
+    for reader in readers:
+        reader.join(5)
+    assert len(ends) == 4 and not loop.alive and loop.hung and loop.busy == 0
+    loop.close()  # does not wait
+    wall.set()
+    loop._thread.join(5)
+    assert not loop._thread.is_alive() and isinstance(loop.died, EngineHung) and loop.busy == 0
+    with pytest.raises(EngineDied):
+        loop.add([1], LONG)
+
+
+def test_closing_a_loop_does_not_wait_for_ever(wall: threading.Event) -> None:
+    engine = Engine(make_model())
+    hangs_at(engine, 0, wall)
+    loop = EngineLoop(engine)
+    loop.add([1, 2], LONG)
+    wait_for(lambda: loop.turn is not None)
+    loop.close(0.05)
+    assert loop.hung
+
+
+class Sleeper:
+    """A model whose engine is in a turn that may take `slow_s` seconds."""
+
+    def __init__(self, slow_s: float) -> None:
+        self.name, self.alive, self.number, self.slow_s = "it", True, 1, slow_s
+        self.given_up = 0.0
+
+    @property
+    def turn(self) -> tuple[int, float]:
+        return self.number, self.slow_s
+
+    def give_up(self, seconds: float) -> str:
+        self.given_up, self.alive = seconds, False
+        return "somewhere"
+
+
+def test_a_turn_may_take_the_limit_or_what_a_slow_machine_needs_and_a_new_turn_counts_from_nothing() -> None:
+    quick, large, busy = Sleeper(0.0), Sleeper(5.0), Sleeper(0.0)
+    lost: list[EngineLost] = []
+    keepers = [
+        Keeper(Shelf.of(one), lost.append, every_s=0.02, step_s=0.3, grace_s=0.0) for one in (quick, large, busy)
+    ]
+    for keeper in keepers:
+        keeper.start()
+    for _ in range(40):
+        time.sleep(0.02)
+        busy.number += 1
+    assert 0.3 < quick.given_up < 0.7 and not large.given_up and not busy.given_up
+    assert len(lost) == 1 and lost[0].hung and lost[0].exit_code == 70 and "does not" not in str(lost[0])
+    for keeper in keepers:
+        keeper.stop()
+
+
 # -- the server ------------------------------------------------------------------------------------------------------
 
 
 class Served:
     """A server over a folder, in a thread."""
 
-    def __init__(self, path: Path, store: FeedbackStore, load: Callable[[Path], Any]) -> None:
+    def __init__(self, path: Path, store: FeedbackStore, load: Callable[[Path], Any], step_s: float = 60.0) -> None:
         self.shelf = Shelf.open([path], load)
         self.listener = process.listen("127.0.0.1", 0)
         self.port: int = self.listener.getsockname()[1]
-        config = Config(drain_s=1)
+        config = Config(drain_s=1, step_s=step_s)
         self.server = process.server(create_app(self.shelf, store, config), config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
         self.thread.start()
@@ -235,6 +340,52 @@ def test_an_engine_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None
     time.sleep(0.05)
     assert len(told) == 1 and "3 times" in str(told[0]) and len(load.made) == 3
     keeper.stop()
+
+
+HANGING = """
+import ctypes, sys
+from pathlib import Path
+from stateofgpt.infer.engine import Engine
+from stateofgpt.serve import process
+Engine.step = lambda self: ctypes.CDLL(None).pause()  # a native call that never returns
+process.serve(Path(sys.argv[1]), sys.argv[2], process.Config(port=0, step_s=0.5))
+"""
+
+
+@pytest.mark.slow
+def test_a_server_whose_engine_hangs_says_so_to_all_who_wait_and_leaves_with_an_error(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, "-c", HANGING, str(folder), str(tmp_path / "f.sqlite")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    port = int(running.stdout.readline().split("127.0.0.1:")[1].split()[0])
+
+    def ask(path: str, body: Any = None) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        data = None if body is None else json.dumps(body)
+        connection.request("GET" if body is None else "POST", path, data, {"content-type": "application/json"})
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+    wait_for(lambda: connects(port))
+    assert ask("/health")[0] == 200
+    status, text = ask("/v1/completions", {"prompt": [70, 71, 72], "max_tokens": 60})
+    assert status == 503 and "stopped working" in text
+    status, text = ask("/health")
+    assert status == 503 and "has not come back" in json.loads(text)["reason"]
+    assert ask("/v1/completions", {"prompt": [70], "max_tokens": 60})[0] == ask("/ready")[0] == 503
+    _, told = running.communicate(timeout=20)
+    assert running.returncode == 70 and "has not come back" in told
+    assert "in <lambda>" in told  # the log says where
+    assert told.splitlines()[-1].startswith("error: ")
+
+
+def connects(port: int) -> bool:
+    with contextlib.suppress(OSError), contextlib.closing(socket.create_connection(("127.0.0.1", port), 1)):
+        return True
+    return False
 
 
 LIVE = """

@@ -145,6 +145,10 @@ def test_the_same_request_gives_the_same_bits_alone_batched_preempted_and_from_a
             engine.cancel(engine.add(prompt, params))
         for _ in range(steps):
             collect(engine.step(), found)
+            change = rng.choice([engine.pause, engine.go_on, lambda _: None])
+            change(rng.choice(list(found)))
+    for request in found:
+        engine.go_on(request)
     for _ in range(2000):
         if engine.idle:
             break

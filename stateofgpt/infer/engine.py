@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from stateofgpt.errors import ConfigError, ModelError
-from stateofgpt.infer import forward, score
+from stateofgpt.infer import score
 from stateofgpt.infer.adjust import adjust
 from stateofgpt.infer.blocks import Blocks
 from stateofgpt.infer.cache import how_many
-from stateofgpt.infer.decode import Decoder
+from stateofgpt.infer.decoders import Precision, make_decoder
 from stateofgpt.infer.grammar import Constraint
 from stateofgpt.infer.guide import Guide
-from stateofgpt.infer.request import Completion, Event, Finish, Request
+from stateofgpt.infer.request import Completion, Event, Finish, Request, check
 from stateofgpt.infer.sampling import Sampler, SamplingParams, alternatives, derive_seed
 from stateofgpt.infer.schedule import Schedule
 from stateofgpt.infer.speculate import Lookup
@@ -60,7 +60,7 @@ class Engine:
         max_context: int | None = None,
         dtype: torch.dtype = torch.float32,
         native: bool = False,
-        weights: forward.Precision = "float32",
+        weights: Precision = "float32",
         prefixes: bool = False,
         cache_bytes: int | None = None,
         step_tokens: int | None = None,
@@ -73,7 +73,7 @@ class Engine:
         config = model.config
         self.model, self.max_batch, self.guides, self.speculate = model, max_batch, guides, speculate
         self.max_context = min(max_context or config.max_position_embeddings, config.max_position_embeddings)
-        self._decoder = self._make_decoder(dtype, native, weights)
+        self._decoder = make_decoder(model, dtype, native, weights, self.max_context)
         decoder = self._decoder
         count = how_many(cache_bytes, decoder.block_bytes, max_batch, self.max_context, decoder.device)
         self._decoder.make_room(count)
@@ -83,22 +83,16 @@ class Engine:
         self._requests: dict[int, Request] = {}  # all that are not forgotten: waiting, live or held
         self._sampler: tuple[list[int], Sampler] = ([], Sampler([]))  # for these requests, in this order
 
-    def _make_decoder(
-        self, dtype: torch.dtype, native: bool, weights: forward.Precision
-    ) -> Decoder | forward.NativeDecoder:
-        library = None
-        if native and dtype == torch.float32 and self.model.lm_head.weight.device.type == "cpu":
-            library = forward.load()
-        if library is not None:
-            return forward.NativeDecoder(library, self.model, weights, self.max_context)
-        if weights == "int8":
-            raise ModelError("int8 weights need a CPU and a C compiler (cc, gcc or clang); take bfloat16 or float32")
-        return Decoder(self.model, torch.bfloat16 if weights == "bfloat16" else dtype, self.max_context)
-
     @property
     def native(self) -> bool:
         """Whether the native path is taken."""
         return self._decoder.exact
+
+    @property
+    def most_tokens(self) -> int:
+        """At most so many tokens are computed in a step."""
+        prompts = self._schedule.step_tokens or self.max_batch * self.max_context
+        return prompts + self.max_batch * (1 + self.speculate)
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
@@ -108,18 +102,7 @@ class Engine:
 
     def check(self, prompt: Sequence[int], params: SamplingParams | None = None) -> None:
         """Raise ModelError if `prompt` cannot be continued by this engine, or not with these `params`."""
-        if not prompt:
-            raise ModelError("the prompt is empty; give at least one token, for example <|endoftext|>")
-        if len(prompt) > self.max_context - 1:
-            raise ModelError(
-                f"the prompt has {len(prompt)} tokens and the context holds {self.max_context}, which leaves no room "
-                "for an answer; shorten the prompt"
-            )
-        vocab = self.model.config.vocab_size
-        if not 0 <= min(prompt) <= max(prompt) < vocab:
-            raise ModelError(f"the prompt has a token id outside 0..{vocab - 1}; was it made by another tokenizer?")
-        if params is not None and any(token >= vocab for token, _ in params.logit_bias):
-            raise ModelError(f"logit_bias has a token id outside 0..{vocab - 1}; was it made for another tokenizer?")
+        check(prompt, params, self.max_context, self.model.config.vocab_size)
 
     def guide(self, params: SamplingParams) -> Guide | None:
         """The guide of a constrained request; may take a second, and may be made in any thread."""
@@ -162,7 +145,7 @@ class Engine:
         Its seed continues, and `max_tokens` counts all tokens it has drawn.
         """
         held = self._requests.get(request)
-        if held is None or held.state != "held":
+        if held is None or held.state != "held" or held.paused:
             raise ModelError(f"request {request} is not held, only a finished request with hold=True can be extended")
         self.check(held.ids + list(ids))
         if held.drawn >= held.params.max_tokens:
@@ -177,6 +160,20 @@ class Engine:
 
     release = cancel  # of a held request: give its room back
 
+    def pause(self, request: int) -> None:
+        """Draw nothing more for a request until `go_on`; others may take its room. The answer stays the same."""
+        found = self._requests.get(request)
+        if found is not None and found.state != "held":
+            found.paused = True
+            self._schedule.hold(found)
+
+    def go_on(self, request: int) -> None:
+        """End a pause. Requests that do not pause, or are unknown, are left as they are."""
+        found = self._requests.get(request)
+        if found is not None and found.paused:
+            found.paused = False
+            self._schedule.go_on(found)
+
     @property
     def idle(self) -> bool:
         """True when no request waits for a token. (Held requests wait for nothing.)"""
@@ -185,7 +182,7 @@ class Engine:
     def unfinished(self, request: int) -> bool:
         """True while `request` has tokens to come."""
         found = self._requests.get(request)
-        return found is not None and found.state != "held"
+        return found is not None and (found.state != "held" or found.paused)
 
     def refresh(self) -> None:
         """Take over changed weights. Caches made with the old ones would be wrong, so nothing may be under way, and no

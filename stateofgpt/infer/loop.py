@@ -2,13 +2,17 @@
 
 Owns: the one thread that steps an engine, and the hand-over of requests to it and of events from it. Others never
 touch the engine: they leave commands, which the thread carries out before its next step, so a cancelled request is
-gone within one step. A step that fails ends the requests in it and no others. Where the thread itself ends, everybody
-who waits is told, and so is whoever asks for more. Knows nothing of text or HTTP.
+gone within one step. A step that fails ends the requests in it and no others. Where the thread itself ends, or is given
+up because a step does not come back, everybody who waits is told, and so is whoever asks for more. A request whose
+reader lags behind pauses. Knows nothing of text or HTTP.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,32 +21,32 @@ from typing import Any, Literal, Self, overload
 
 from stateofgpt.errors import ModelError
 from stateofgpt.infer.engine import Engine, Event
+from stateofgpt.infer.job import EngineDied, EngineFailed, EngineHung, Job, Turn
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.infer.score import Scored
+
+__all__ = ["EngineDied", "EngineFailed", "EngineHung", "EngineLoop"]
 
 FRUITLESS = 8  # steps that fail one after the other although no request is left to blame
 
 
-class EngineFailed(ModelError):
-    """A step failed, and this request was in it. The cause is `__cause__`, and is nobody's business but the log's."""
-
-
-class EngineDied(ModelError):
-    """The engine's thread has ended: there will be no more answers from this engine."""
-
-    def __init__(self) -> None:
-        super().__init__("the engine has stopped working; try again in a moment")
-
-
 class EngineLoop:
     """Has the methods of `Engine` that others need (add, extend, release, cancel, events, score, embed), safe from any
-    thread."""
+    thread.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    `unread` is how many events of a request may wait for its reader until nothing more is drawn for it (None: any
+    number); then every request wants a reader of its own.
+    """
+
+    def __init__(self, engine: Engine, *, unread: int | None = None) -> None:
+        self.engine, self._unread = engine, unread
         self.max_context = engine.max_context
         self._commands: deque[Callable[[], object]] = deque()
-        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._jobs: deque[Job] = deque()
+        self._job: Job | None = None  # that is being done
+        self._turns = 0
+        self.turn: Turn | None = None  # None while the thread waits for work
+        self._pausing: set[int] = set()  # requests whose readers lag behind
         self._inbox: dict[int, deque[Event | ModelError]] = {}  # of each request that is not over for its owner
         self._open: set[int] = set()  # requests with events to come
         self._bells: dict[int, threading.Condition] = {}  # of each request somebody waits for: rung for nobody else
@@ -61,12 +65,37 @@ class EngineLoop:
     ) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Stop the thread; requests under way fail with ModelError."""
+    def close(self, wait_s: float | None = None) -> None:
+        """Stop the thread; requests under way fail with ModelError. A thread that was given up is not waited for, and
+        one whose step takes longer than `wait_s` seconds is given up now."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        if not self.hung:
+            self._thread.join(wait_s)
+            if self._thread.is_alive():
+                self.give_up(EngineHung(f"a step has not come back for {wait_s:g} s"))
+
+    def give_up(self, cause: EngineHung) -> None:
+        """The thread will not come back from its turn, as another thread has found out: tell everybody who waits, as if
+        it had ended. If it comes back all the same, nothing that it does reaches anybody."""
+        with self._changed:
+            if self.died is not None:
+                return
+            self.died, self._closed = cause, True
+        over = EngineDied()
+        over.__cause__ = cause
+        self._tell_all(over)
+
+    @property
+    def hung(self) -> bool:
+        """Whether the thread was given up."""
+        return isinstance(self.died, EngineHung)
+
+    def where(self) -> str:
+        """Where in the program the thread is, for the log."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "".join(traceback.format_stack(frame)) if frame else ""
 
     # ---- for other threads ----------------------------------------------------------------------------------------
 
@@ -91,6 +120,7 @@ class EngineLoop:
         with self._changed:
             self._inbox.pop(request, None)
             self._open.discard(request)
+            self._pausing.discard(request)
             self._ring([request])
             self._bells.pop(request, None)
             self._commands.append(lambda: self.engine.cancel(request))
@@ -115,6 +145,10 @@ class EngineLoop:
                     bell.wait()
                 boxes = [box for r in wanted if (box := self._inbox.get(r))]
                 found = [box.popleft() for box in boxes for _ in range(len(box))]
+                for r in self._pausing.intersection(wanted):
+                    self._pausing.discard(r)
+                    self._commands.append(functools.partial(self.engine.go_on, r))
+                    self._changed.notify_all()
             for event in found:
                 if isinstance(event, ModelError):
                     raise event
@@ -129,22 +163,22 @@ class EngineLoop:
 
     def score(self, sequences: Sequence[Sequence[int]], top: int = 0) -> list[list[float]] | list[list[Scored]]:
         """As Engine.score. One sequence goes between two steps, so that long ones hold nobody up for long."""
-        parts = [self._job(lambda one=one: self.engine.score([one], top)) for one in sequences]  # type: ignore[misc]
+        parts = [self._do_later(functools.partial(self.engine.score, [one], top), len(one)) for one in sequences]
         return [part.result()[0] for part in parts]
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """As Engine.embed, one sequence between two steps."""
-        parts = [self._job(lambda one=one: self.engine.embed([one])) for one in sequences]  # type: ignore[misc]
+        parts = [self._do_later(functools.partial(self.engine.embed, [one]), len(one)) for one in sequences]
         return [part.result()[0] for part in parts]
 
-    def _job(self, work: Callable[[], Any]) -> Future[Any]:
+    def _do_later(self, work: Callable[[], Any], tokens: int) -> Future[Any]:
         """Have something computed between two steps."""
-        future: Future[Any] = Future()
+        job = Job(work, tokens, Future())
         with self._changed:
             self._refuse_if_over()
-            self._jobs.append((work, future))
+            self._jobs.append(job)
             self._changed.notify_all()
-        return future
+        return job.future
 
     @property
     def busy(self) -> int:
@@ -193,27 +227,34 @@ class EngineLoop:
         except BaseException as error:  # not even SystemExit may leave others waiting
             self.died, over = error, EngineDied()
             over.__cause__ = error
+        self._tell_all(over)
+
+    def _tell_all(self, over: ModelError) -> None:
+        """There will be no more answers: end all requests and jobs with `over`."""
         with self._changed:
-            waiting, jobs = list(self._open), list(self._jobs)
+            waiting, jobs = list(self._open), [*([self._job] if self._job else []), *self._jobs]
             self._jobs.clear()
             self._commands.clear()
         self._fail(waiting, over)
-        for _, future in jobs:
-            future.set_exception(over)
+        for job in jobs:
+            job.ends(over)
 
     def _work(self) -> None:
         fruitless = 0
         while True:
             with self._changed:
+                self._job = self.turn = None
                 while not (self._commands or self._jobs or self._closed) and self.engine.idle:
                     self._changed.wait()
                 if self._closed:
                     break
                 commands = list(self._commands)
                 self._commands.clear()
-                job = self._jobs.popleft() if self._jobs else None
+                job = self._job = self._jobs.popleft() if self._jobs else None
+                self._turns += 1
+                self.turn = Turn(self._turns, self.engine.most_tokens + (job.tokens if job else 0))
             if job is not None:
-                _do(*job)
+                job.do()
             try:
                 for command in commands:
                     command()
@@ -228,11 +269,16 @@ class EngineLoop:
 
     def _deliver(self, events: list[Event]) -> None:
         with self._changed:
+            if self.died is not None:  # given up: all have been told
+                return
             for event in events:
                 if event.finish:
                     self._open.discard(event.request)
                 if event.request in self._inbox:
                     self._inbox[event.request].append(event)
+                    if self._unread and len(self._inbox[event.request]) >= self._unread and not event.finish:
+                        self._pausing.add(event.request)
+                        self.engine.pause(event.request)
             self._ring([event.request for event in events])
 
     def _abandon(self, cause: Exception) -> bool:
@@ -258,16 +304,3 @@ class EngineLoop:
         """Wake whoever waits for one of these; a crowd that is woken for every token of each costs more than a step."""
         for bell in {id(found): found for r in requests if (found := self._bells.get(r)) is not None}.values():
             bell.notify_all()
-
-
-def _do(work: Callable[[], Any], future: Future[Any]) -> None:
-    try:
-        future.set_result(work())
-    except ModelError as error:
-        future.set_exception(error)
-    except BaseException as error:
-        failed = EngineFailed(f"the engine failed: {error}")
-        failed.__cause__ = error
-        future.set_exception(failed)
-        if not isinstance(error, Exception):
-            raise

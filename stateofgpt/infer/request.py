@@ -1,7 +1,7 @@
 """What is asked of an engine, and what comes back.
 
-Owns: the events and completions that callers see, and the state of one request inside. Knows nothing of models, rows
-or blocks beyond their numbers.
+Owns: the events and completions that callers see, the state of one request inside, and what is refused.
+Knows nothing of models, rows or blocks beyond their numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from stateofgpt.errors import ModelError
 from stateofgpt.infer.blocks import Node
 from stateofgpt.infer.guide import Guide
 from stateofgpt.infer.sampling import SamplingParams
@@ -64,6 +65,7 @@ class Request:
     path: list[Node] = field(default_factory=list)  # those of them that are in the tree of prefixes
     counts: Counter[int] | None = None  # of drawn tokens, where a penalty wants them
     lookup: Lookup | None = None
+    paused: bool = False  # held in the middle of its answer
 
     @property
     def target(self) -> int:
@@ -73,3 +75,19 @@ class Request:
     def last(self, more: Sequence[int] = ()) -> list[int]:
         """The token that is read next, and `more`."""
         return [self.ids[-1], *more]
+
+
+def check(prompt: Sequence[int], params: SamplingParams | None, max_context: int, vocab: int) -> None:
+    """Raise ModelError if `prompt` cannot be continued by a model of that context and vocabulary, or not with these
+    `params`."""
+    if not prompt:
+        raise ModelError("the prompt is empty; give at least one token, for example <|endoftext|>")
+    if len(prompt) > max_context - 1:
+        raise ModelError(
+            f"the prompt has {len(prompt)} tokens and the context holds {max_context}, which leaves no room for an "
+            "answer; shorten the prompt"
+        )
+    if not 0 <= min(prompt) <= max(prompt) < vocab:
+        raise ModelError(f"the prompt has a token id outside 0..{vocab - 1}; was it made by another tokenizer?")
+    if params is not None and any(token >= vocab for token, _ in params.logit_bias):
+        raise ModelError(f"logit_bias has a token id outside 0..{vocab - 1}; was it made for another tokenizer?")

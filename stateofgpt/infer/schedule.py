@@ -45,13 +45,16 @@ class Schedule:
         insort(self.waiting, r, key=lambda r: r.arrival)
 
     def hold(self, r: Request) -> None:
-        """A request has finished and may go on later; it keeps its row and blocks as long as nobody needs them."""
+        """A request has finished, or pauses, and may go on later; it keeps its row and blocks as long as nobody needs
+        them."""
+        if r.state == "waiting":
+            self.waiting.remove(r)
         r.state = "held"
         self._held[r.id] = r
         self._changed = True
 
     def go_on(self, r: Request) -> None:
-        """A held request has got more ids."""
+        """A held request has got more ids, or pauses no longer."""
         del self._held[r.id]
         if r.row is None:
             self.add(r)

@@ -26,3 +26,4 @@ class Config:
     write_s: float = 30.0
     keep_alive_s: int = 10
     drain_s: float = 20.0  # for answers to finish after SIGTERM
+    step_s: float = 120.0  # a step of an engine that takes longer is given up; more where a model needs more

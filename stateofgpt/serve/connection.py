@@ -22,7 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stateofgpt.serve.protocol import error_body
 
-HIGH_WATER = 256 * 1024  # bytes that may wait for a slow reader before an answer waits for it
+HIGH_WATER = 64 * 1024  # bytes that may wait for a slow reader before an answer waits for it
+KERNEL_BYTES = 64 * 1024  # that the kernel keeps for each reader; left alone it takes megabytes, and nobody seems slow
 MAX_HEADER_BYTES = 32 * 1024
 LINGER_S = 0.25  # after the last word, so that a client still sending can read it before its connection is reset
 MOST_LINGERING = 64

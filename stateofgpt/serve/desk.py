@@ -65,6 +65,8 @@ class Desk:
         failed = self.service.shelf.failed
         status = "failed" if failed else "ok"
         known = {"status": status, "model": self.assistant.name, "answers_running": len(self.running)}
+        if hung := self.service.shelf.hung:
+            known["reason"] = hung
         return JSONResponse(known, 503 if failed else 200)
 
     async def model(self, _: Request) -> Response:
@@ -174,7 +176,7 @@ class Desk:
             self.running.end(generation)
             visit.end(self.defaults.max_tokens)
 
-        frames = _frames(Pieces([writing], ended))
+        frames = _frames(Pieces([writing], stop, ended))
         return EventStream(frames, stop)
 
     def _write(

@@ -22,7 +22,7 @@ from stateofgpt.errors import CheckpointError, ModelError, StateOfGptError
 from stateofgpt.infer.engine import Engine, Event
 from stateofgpt.infer.grammar import library
 from stateofgpt.infer.guide import Constraint, Guides
-from stateofgpt.infer.loop import EngineLoop
+from stateofgpt.infer.loop import EngineHung, EngineLoop
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.model.checkpoint import Lineage, load_model, read_lineage
 from stateofgpt.run import resolve_model
@@ -34,6 +34,9 @@ TOKENS_PER_MESSAGE = 4  # a message takes at least so many, so more than context
 STEP_TOKENS = 256  # of prompts, read between two tokens of the answers that are being written
 MIN_ANSWER_TOKENS = 16  # room that must be left
 MOST_ROWS = 64  # answers that are written in one batch
+CLOSE_S = 30.0  # is waited for a step, then the engine is left behind
+UNREAD = 64  # tokens that are drawn ahead of a reader that lags behind
+SLOW = 5e9  # operations a second that every machine makes on which a model is worth serving
 SIDE_BRANCHES = frozenset({"reward"})  # parents that judged, and wrote none of the weights
 
 
@@ -61,7 +64,7 @@ def load_assistant(model_dir: Path, *, max_batch: int = 8) -> LoadedAssistant:
     for note in chat.notes:
         print(f"note: {note}", file=sys.stderr)
     about = About(lineage.name, stages_of(model_dir, lineage), lineage.id)
-    return LoadedAssistant(EngineLoop(engine), chat, about)
+    return LoadedAssistant(EngineLoop(engine, unread=UNREAD), chat, about)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class LoadedAssistant:
         self.close()
 
     def close(self) -> None:
-        self._loop.close()
+        self._loop.close(CLOSE_S)
 
     # -- talking -------------------------------------------------------------------------------------------------
 
@@ -211,6 +214,17 @@ class LoadedAssistant:
     def died(self) -> BaseException | None:
         """What ended the engine's thread."""
         return self._loop.died
+
+    @property
+    def turn(self) -> tuple[int, float] | None:
+        """Which turn the engine is in and how many seconds that may take on a slow machine; None where it waits."""
+        turn = self._loop.turn
+        return turn and (turn.number, 2 * self._loop.engine.model.n_params() * turn.tokens / SLOW)
+
+    def give_up(self, seconds: float) -> str:
+        """The engine has been in one turn for so long that it will not come back: tell all who wait. Where it is."""
+        self._loop.give_up(EngineHung(f"a step has not come back for {seconds:.0f} s"))
+        return self._loop.where()
 
     def load(self) -> dict[str, float]:
         """What the engine is doing now."""

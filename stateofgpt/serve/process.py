@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import resource
 import signal
 import socket
@@ -17,6 +18,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import uvicorn
 from starlette.applications import Starlette
@@ -26,7 +28,7 @@ from stateofgpt.errors import ServeError, StateOfGptError
 from stateofgpt.serve.access import Access
 from stateofgpt.serve.app import create_app
 from stateofgpt.serve.config import Config
-from stateofgpt.serve.connection import MAX_HEADER_BYTES, Patience, protocol_class
+from stateofgpt.serve.connection import KERNEL_BYTES, MAX_HEADER_BYTES, Patience, protocol_class
 from stateofgpt.serve.guard import LOOPBACK
 from stateofgpt.serve.keeper import EngineLost, Keeper
 from stateofgpt.serve.keys import KeyRing
@@ -35,6 +37,7 @@ from stateofgpt.serve.shelf import Shelf
 from stateofgpt.serve.streams import Running
 
 SPARE_FILES = 128  # descriptors that are not connections
+SWITCH_S = 0.0005  # after which a thread that computes in Python lets others on, the engine's among them
 
 
 def serve(
@@ -43,6 +46,7 @@ def serve(
     """Serve model folders until Ctrl-C, the first one on the page. Raises ServeError when the address or the keys
     cannot be used, before loading anything, and EngineLost when an engine died and could not be brought back."""
     config = config or Config()
+    sys.setswitchinterval(SWITCH_S)
     folders = [model_dirs] if isinstance(model_dirs, Path) else list(model_dirs)
     ring = None if keys is None else KeyRing(keys)
     listener = listen(config.host, config.port, anywhere=ring is not None)
@@ -58,8 +62,22 @@ def serve(
             print(f"{names} {answer} at {address} (Ctrl-C ends it)", flush=True)
             print(f"feedback is kept in {store.name}", flush=True)
             run_server(create_app(shelf, store, config, Access(ring)), listener, config)
+        except EngineLost as lost:
+            if not lost.hung:
+                raise
         finally:
             shelf.close()
+            if shelf.hung:
+                store.close()
+                _leave(f"an engine hangs ({shelf.hung}): the server ends, and its log has where")
+
+
+def _leave(message: str) -> NoReturn:
+    """End the process now: what Python and its libraries do at their end could wait for, or crash beside, a native call
+    that still runs."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(EngineLost.exit_code)
 
 
 def listen(host: str, port: int, *, anywhere: bool = False) -> socket.socket:
@@ -72,6 +90,7 @@ def listen(host: str, port: int, *, anywhere: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)  # of the connections made from it
     try:
         listener.bind((host, port))
         listener.listen(1024)
@@ -111,7 +130,7 @@ def server(app: Starlette, config: Config) -> Server:
         timeout_keep_alive=config.keep_alive_s, timeout_graceful_shutdown=int(config.drain_s) + 3, backlog=1024,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )  # fmt: skip
-    return Server(settings, app.state.running, app.state.shelf, config.drain_s)
+    return Server(settings, app.state.running, app.state.shelf, config.drain_s, config.step_s)
 
 
 def room_for(connections: int) -> int:
@@ -133,10 +152,10 @@ class Server(uvicorn.Server):
     """uvicorn's server, which lets answers finish for a while, exchanges models at SIGUSR1, and ends with `lost` where
     an engine cannot be kept alive."""
 
-    def __init__(self, settings: uvicorn.Config, running: Running, shelf: Shelf, drain_s: float) -> None:
+    def __init__(self, settings: uvicorn.Config, running: Running, shelf: Shelf, drain_s: float, step_s: float) -> None:
         super().__init__(settings)
         self._running, self._shelf, self._drain_s = running, shelf, drain_s
-        self._keeper = Keeper(shelf, self._give_up)
+        self._keeper = Keeper(shelf, self._give_up, step_s=step_s)
         self.lost: EngineLost | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -133,7 +133,7 @@ class Service:
             self.running.end(id)
             visit.end(sum(used))
 
-        return Job(id, stop, stops, Pieces([heard(index) for index in range(len(sources))], ended))
+        return Job(id, stop, stops, Pieces([heard(index) for index in range(len(sources))], stop, ended))
 
 
 def _begun(source: Source, stop: Stop) -> Iterator[Streamed]:

@@ -1,7 +1,7 @@
 """Answers being written in threads of their own, read from the event loop.
 
-Owns the bound on how many there are, stopping one by its id, the way from a thread to the loop, and that an answer ends
-when its reader leaves. Knows nothing of what an answer is.
+Owns the bound on how many there are, stopping one by its id, the way from a thread to the loop, and that an answer
+waits for its reader and ends when it leaves. Knows nothing of what an answer is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from stateofgpt.errors import ServeError
 from stateofgpt.serve.answering import Stop
 
 T = TypeVar("T")
+AHEAD = 64  # pieces of an answer that may wait for a reader who lags behind; then nothing more is drawn for it
 
 
 class Running:
@@ -68,22 +69,30 @@ class Running:
 
 
 class Pieces(Generic[T]):
-    """Iterators run in threads of their own from now on, whether they are read or not; to be read once, from the
-    event loop, as (which of them, piece) in the order of coming.
+    """Iterators run in threads of their own from now on; to be read once, from the event loop, as (which of them,
+    piece) in the order of coming. They are run `AHEAD` pieces each ahead of the reader, and then wait for it, until
+    `stop` is set.
 
     `ended` is called once, in a thread, when all are through, however. What one raised is raised to the reader.
     """
 
-    def __init__(self, sources: Sequence[Iterator[T]], ended: Callable[[], None]) -> None:
+    def __init__(self, sources: Sequence[Iterator[T]], stop: Stop, ended: Callable[[], None]) -> None:
         self._ended, self._left = ended, len(sources)
+        self._room, self._stop = AHEAD * len(sources), stop
         self._lock = threading.Lock()
+        self._read = threading.Condition(self._lock)
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[_Piece[T] | None] = asyncio.Queue()  # bounded by the tokens of the answers
+        self._queue: asyncio.Queue[_Piece[T] | None] = asyncio.Queue()
+        stop.then(self._wake)
         for index, source in enumerate(sources):
             threading.Thread(target=self._work, args=(index, source), daemon=True, name="answer").start()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, T]]:
         while (piece := await self._queue.get()) is not None:
+            with self._read:
+                self._room += 1
+                if self._room == 1:
+                    self._read.notify()
             if piece.error is not None:
                 raise piece.error
             yield piece.index, piece.value
@@ -91,6 +100,7 @@ class Pieces(Generic[T]):
     def _work(self, index: int, source: Iterator[T]) -> None:
         try:
             for value in source:
+                self._wait_for_room()
                 self._post(_Piece(index, value))
         except Exception as error:
             self._post(_Piece(index, None, error))  # type: ignore[arg-type]
@@ -101,6 +111,18 @@ class Pieces(Generic[T]):
             if last:
                 self._ended()
                 self._post(None)
+
+    def _wait_for_room(self) -> None:
+        with self._read:
+            while self._room <= 0 and not self._stop.is_set():
+                self._read.wait()
+            self._room -= 1
+            if self._room > 0:
+                self._read.notify()  # another source may wait, too
+
+    def _wake(self) -> None:
+        with self._read:
+            self._read.notify_all()
 
     def _post(self, piece: _Piece[T] | None) -> None:
         try:

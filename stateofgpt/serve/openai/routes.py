@@ -82,8 +82,10 @@ def _shown(name: str, held: Held) -> dict[str, Any]:
 
 async def health(service: Service, _: Request) -> Response:
     """Alive: the process answers, and every model's engine runs."""
-    failed = service.shelf.failed
-    return JSONResponse({"status": "failed", "failed": failed} if failed else {"status": "ok"}, 503 if failed else 200)
+    failed, hung = service.shelf.failed, service.shelf.hung
+    if not failed:
+        return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": "failed", "failed": failed, **({"reason": hung} if hung else {})}, 503)
 
 
 async def ready(service: Service, _: Request) -> Response:
