@@ -18,6 +18,7 @@ from stateofgpt.model.checkpoint import load_model, read_lineage
 from stateofgpt.recipes import load
 from stateofgpt.recipes.pipeline import execute
 from stateofgpt.rl.group import GroupConfig
+from stateofgpt.rl.guards import GuardConfig
 from stateofgpt.rl.optimization import UpdateConfig
 from stateofgpt.rl.preference import OfflineConfig
 from stateofgpt.run import Run
@@ -27,7 +28,7 @@ from stateofgpt.train.loop import Trainer
 ALGORITHMS = ("ppo", "grpo", "dr_grpo", "rloo", "reinforce", "best_of_n", "rejection", "dpo", "ipo", "kto")
 SMALL = rl.Config(
     iterations=3, batch=8, max_tokens=16, held_out_prompts=6, save_every_s=0.0, offline=OfflineConfig(pairs=12),
-    groups=GroupConfig(accept=-9.0),
+    groups=GroupConfig(accept=-9.0), guards=GuardConfig(stop=False),  # what was learned is published, good or bad
 )  # fmt: skip
 RECIPE = {
     "pretrain.steps": "6", "pretrain.sample_tokens": "4", "sft.steps": "12", "reward.n_prompts": "24",

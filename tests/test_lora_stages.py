@@ -20,6 +20,7 @@ from stateofgpt.model.checkpoint import load_model, load_reward, save_checkpoint
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.heads import ValueModel
 from stateofgpt.model.lora import switched_off
+from stateofgpt.rl.guards import GuardConfig
 from stateofgpt.rl.ppo import PPO
 from stateofgpt.rl.reward_training import score_ids
 from stateofgpt.rl.scoring import LearnedScorer
@@ -177,7 +178,7 @@ def test_a_rank_is_at_least_one() -> None:
 
 def rl_config(rank: int | None, algorithm: Any = None) -> rl.Config:
     made = rl.Config(iterations=3, batch=4, max_tokens=6, held_out_prompts=2, save_every_s=-1.0, lora=rank,
-                     algorithm=algorithm, max_kl=1e9)  # fmt: skip
+                     algorithm=algorithm, max_kl=1e9, guards=GuardConfig(stop=False))  # fmt: skip
     faster = replace(made.ppo.policy, optim=replace(made.ppo.policy.optim, lr=0.01))
     return replace(made, ppo=replace(made.ppo, policy=faster, value=faster, no_end_score=-1.0))
 
