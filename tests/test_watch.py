@@ -217,7 +217,12 @@ def begun_again(debug_run: Path, folder: Path) -> Path:
 
 
 def hack(
-    run_folder: Path, killed_at: int | None = None, *, killed_looking: bool = False, **changes: Any
+    run_folder: Path,
+    killed_at: int | None = None,
+    *,
+    killed_looking: bool = False,
+    beyond_at: int | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """The rl stage of a debug run, with a reward for some tokens and a judge who dislikes them."""
     raw = json.loads((run_folder / "run.json").read_text())
@@ -240,7 +245,8 @@ def hack(
             def until(i: int, n: int) -> float:
                 if i == killed_at:
                     raise Killed
-                return iterate(i, n)
+                kl = iterate(i, n)
+                return 1e12 if i == beyond_at else kl
 
             def no_look(step: int) -> str:
                 raise Killed
@@ -313,6 +319,10 @@ def test_a_policy_stopped_by_its_kl_is_looked_at_as_it_is_left(debug_run: Path, 
     assert "passed the budget" in result["stopped"] and result["given_up"] == ""
     assert [look["step"] for look in seen] == [0, 2]  # what the first update led to was taken back
     assert seen[0]["scores"] == seen[1]["scores"] and not (folder / "rl" / STOPPED).exists()
+    folder = begun_again(debug_run, tmp_path / "later/debug")
+    result = hack(folder, beyond_at=2, **{**SHORT, "iterations": 9})  # type: ignore[arg-type]
+    assert "at iteration 3" in result["stopped"] and result["given_up"].endswith("kept is the policy it began with")
+    assert result["kl"] == 0.0 and (folder / "rl" / STOPPED / WEIGHTS).exists()
 
 
 def test_the_seconds_of_all_looks_are_kept_free(tmp_path: Path) -> None:
