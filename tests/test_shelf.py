@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,25 @@ class Folders:
         about = About(self.names[path.name], ("rl",), f"id-{len(self.made)}")
         assistant.name, assistant.lineage, assistant.id = about.name, about.lineage, about.id
         return assistant
+
+
+class Circle:
+    """A model that refers to itself, which only a look for garbage can free."""
+
+    name, id = "it", "0"
+
+    def __init__(self, path: Path) -> None:
+        self.me = self
+
+    def smoke_test(self) -> None: ...
+
+
+def test_a_model_that_was_exchanged_is_freed_and_what_stays_is_not_looked_at_again(tmp_path: Path) -> None:
+    shelf = Shelf.open([tmp_path], Circle)
+    assert not any(isinstance(one, Circle) for one in gc.get_objects())  # for good, as far as the collector knows
+    first = weakref.ref(shelf.peek())
+    shelf.reload("it")
+    assert first() is None and shelf.peek() is not None
 
 
 @pytest.fixture

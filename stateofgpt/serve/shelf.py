@@ -17,6 +17,7 @@ from typing import Any
 from stateofgpt.errors import ServeError, StateOfGptError
 from stateofgpt.infer.job import EngineHung
 
+SETTLE_S = 5.0
 Load = Callable[[Path], Any]
 
 
@@ -164,7 +165,9 @@ class Shelf:
             done = held.retired and held.users == 0
         if done:
             _close(held.assistant)
-            settle()
+            later = threading.Timer(SETTLE_S, settle)  # when whoever used it last has let go of it
+            later.daemon = True
+            later.start()
 
 
 def settle() -> None:
