@@ -157,7 +157,7 @@ def test_an_engine_that_is_given_up_tells_all_who_wait_and_nothing_it_does_later
     readers = [threading.Thread(target=told, args=(work,)) for work in works]
     for reader in readers:
         reader.start()
-    wait_for(lambda: "stuck" in loop.where())
+    wait_for(lambda: "wall.wait" in loop.where())
     turn = loop.turn
     time.sleep(0.05)
     assert turn is not None and loop.turn == turn and turn.tokens >= 64  # prompts are read whole here
