@@ -12,31 +12,39 @@ what a CPU user gets).
 `load`: requests with a shared prefix of 128 tokens, prompts of 16 to 256 tokens behind it and 8 to 256 to draw, all
 there at once; useful tokens per second until the last is done. The peers are `generate` in padded batches (sorted by
 length, each batch as long as its longest answer) and transformers' own continuous batching. --sides says who runs: the
-torch path and continuous batching take minutes.
+torch path and continuous batching take minutes. The side `http` is the same load sent by as many clients as there are
+rows to `sog serve`, each asking again when it was answered, beside `served`: the engine with the server's settings, fed
+in the same way without a server. Both tell the milliseconds to the first token, and what the server adds per token.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import http_load
 import pairs
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from stateofgpt.infer.decoders import CachePrecision, Precision
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import load_model
 from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.serve.loader import STEP_TOKENS
 
 Side = Callable[[], dict[str, Any]]
 PREFIX = 128
-LOAD_SIDES = ("ours", "bfloat16", "static", "int8", "torch", "continuous")
+LOAD_SIDES = ("ours", "bfloat16", "static", "cache", "int8", "torch", "continuous", "served", "http")
 
 
 def models(options: argparse.Namespace) -> tuple[GPT, LlamaForCausalLM]:
@@ -173,23 +181,40 @@ def quality(options: argparse.Namespace) -> dict[str, Any]:
 
     model = load_model(Path(options.model)).eval()
     ids = Tokenizer.load(options.model).encode(Path(options.text).read_text())[: options.tokens]
-    width = min(512, model.config.max_position_embeddings)
-    rows = [ids[i : i + width] for i in range(0, len(ids) - 1, width)]
-    found: dict[str, Any] = {}
-    best: dict[str, torch.Tensor] = {}
-    for weights in ("float32", "bfloat16", "int8"):
-        decoder = Engine(model, max_batch=1, max_context=width, native=True, weights=weights)._decoder
-        table = list(range(-(-width // 16)))
-        nats, argmax = 0.0, []
-        for row in rows:
-            logits = decoder.verify([row], [0], [table])  # type: ignore[union-attr]
-            nats += float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(row[1:]), reduction="sum"))
-            argmax.append(logits.argmax(-1))
-        best[weights] = torch.cat(argmax)
-        changed = float((best[weights] != best["float32"]).float().mean())
-        found[weights] = {"nats_per_token": nats / sum(len(row) - 1 for row in rows), "other_argmax": changed}
-        print(weights, found[weights], flush=True)
+    rows = rows_of(ids)
+    exact = list(logits_of(model, rows, "float32"))
+    found = {
+        weights: differing(rows, exact, logits_of(model, rows, weights)) for weights in ("float32", "bfloat16", "int8")
+    }
+    found["float32, cache bfloat16"] = differing(rows, exact, logits_of(model, rows, "float32", "bfloat16"))
     return {"tokens": len(ids), "weights": found}
+
+
+def rows_of(ids: list[int]) -> list[list[int]]:
+    """A text in parts, each read from its beginning."""
+    return [ids[i : i + 512] for i in range(0, len(ids) - 1, 512)]
+
+
+def logits_of(
+    model: GPT, rows: list[list[int]], weights: Precision, cache: CachePrecision = "float32"
+) -> Iterator[torch.Tensor]:
+    """The logits after each token of each row, by the engine's own pass."""
+    decoder = Engine(model, max_batch=1, max_context=512, native=True, weights=weights, cache=cache)._decoder
+    for row in rows:
+        yield decoder.verify([row], [0], [list(range(32))])  # type: ignore[union-attr]
+
+
+def differing(rows: list[list[int]], exact: Iterable[torch.Tensor], found: Iterable[torch.Tensor]) -> dict[str, float]:
+    """Nats per token of the text, how far the distributions are from the exact ones (Kullback and Leibler, nats per
+    token), and how often the most likely token is another one."""
+    nats = apart = changed = 0.0
+    for row, one, other in zip(rows, exact, found, strict=True):
+        p, q = one[:-1].double().log_softmax(-1), other[:-1].double().log_softmax(-1)
+        nats -= float(q.gather(1, torch.tensor(row[1:])[:, None]).sum())
+        apart += float((p.exp() * (p - q)).sum())
+        changed += float((p.argmax(-1) != q.argmax(-1)).sum())
+    count = sum(len(row) - 1 for row in rows)
+    return {"nats_per_token": nats / count, "apart": apart / count, "other_argmax": changed / count}
 
 
 # ---- ragged load
@@ -216,6 +241,46 @@ def ours_load(model: GPT, asked: list[tuple[list[int], int]], rows: int, **setti
             drawn += len(engine.step())
         assert drawn == sum(tokens for _, tokens in asked)
         return {"rate": drawn / (time.perf_counter() - begun)}
+
+    return run
+
+
+def served_load(model: GPT, asked: list[tuple[list[int], int]], rows: int, firsts: list[Any]) -> Side:
+    """As a server's clients come: `rows` at first, and one more for each that is done."""
+
+    def run() -> dict[str, Any]:
+        engine = Engine(model, max_batch=rows, native=True, prefixes=True, step_tokens=STEP_TOKENS)
+        begun, left, since, taken = time.perf_counter(), iter(asked), {}, []
+
+        def ask() -> None:
+            if (one := next(left, None)) is not None:
+                since[engine.add(one[0], SamplingParams(max_tokens=one[1], temperature=0.0))] = time.perf_counter()
+
+        for _ in range(rows):
+            ask()
+        drawn = 0
+        while not engine.idle:
+            for event in engine.step():
+                drawn += 1
+                if event.request in since:
+                    taken.append(time.perf_counter() - since.pop(event.request))
+                if event.finish:
+                    ask()
+        firsts.append(http_load.milliseconds(taken))
+        return {"rate": drawn / (time.perf_counter() - begun)}
+
+    return run
+
+
+def http_side(port: int, asked: list[tuple[list[int], int]], rows: int, firsts: list[Any]) -> Side:
+    """The same by way of a server."""
+
+    def run() -> dict[str, Any]:
+        found = asyncio.run(http_load.load(port, asked, rows))
+        firsts.append(found["first_ms"])
+        if found["drawn"] != sum(tokens for _, tokens in asked):
+            print(f"http drew {found['drawn']} tokens: some answers ended early", flush=True)
+        return found
 
     return run
 
@@ -278,12 +343,25 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
         "ours": ours_load(model, asked, options.rows, **settings),
         "bfloat16": ours_load(model, asked, options.rows, weights="bfloat16", **settings),
         "int8": ours_load(model, asked, options.rows, weights="int8", **settings),
+        "cache": ours_load(model, asked, options.rows, cache="bfloat16", **settings),
         "torch": ours_load(model, asked, options.rows),
         "static": static_load(peer, asked, options.rows),
         "continuous": continuous_load(peer, asked, options.rows),
     }
-    sides = {name: sides[name] for name in options.sides}
-    return {"requests": len(asked), **compared(sides, options.pairs, ["static", "continuous"])}
+    firsts: dict[str, list[Any]] = {"served": [], "http": []}
+    sides["served"] = served_load(model, asked, options.rows, firsts["served"])
+    with ExitStack() as stack:
+        if "http" in options.sides:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
+            http_load.write_folder(folder, model)
+            port = stack.enter_context(http_load.server(folder, options.rows))
+            sides["http"] = http_side(port, asked, options.rows, firsts["http"])
+        sides = {name: sides[name] for name in options.sides}
+        found = compared(sides, options.pairs, ["static", "continuous", "served"])
+    rates = found["tokens_per_second"]
+    if "http" in rates and "served" in rates:
+        found["server_us_per_token"] = round(1e6 / rates["http"] - 1e6 / rates["served"], 1)
+    return {"requests": len(asked), **found, "first_ms": {name: each for name, each in firsts.items() if each}}
 
 
 def measured(sides: dict[str, Side], rounds: int, key: str) -> dict[str, list[float]]:

@@ -8,8 +8,8 @@ is in the files. Gate first: with everything in float32, llama.cpp's cache too, 
 precision of both sides in turn, tokens per second from the first drawn to the last; llama.cpp with its own defaults
 (cache in half precision, fused attention where it chooses it) and its sampler in C. Ours keeps its cache in float32.
 
-With --file the nats per token of a text in every precision follow, so that it can be seen that the
-precisions compared cost about the same.
+With --file what each precision costs on that text follows (with --pairs 0 nothing else): nats per token, how far the
+distributions are from those of float32, and how often the most likely token is another one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import ctypes
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -119,9 +120,8 @@ class LlamaCpp:
 
         return run
 
-    def nats(self, rows: list[list[int]]) -> float:
-        """Nats per token of texts, each read from its beginning."""
-        total = 0.0
+    def logits(self, rows: list[list[int]]) -> Iterator[torch.Tensor]:
+        """The logits after each token of each row, each read from its beginning."""
         for row in rows:
             self._forget()
             batch = self.api.llama_batch_init(len(row), 0, 1)
@@ -131,10 +131,44 @@ class LlamaCpp:
             if self.api.llama_decode(self.context, batch):
                 raise RuntimeError("llama.cpp could not read the text")
             found = np.ctypeslib.as_array(self.api.llama_get_logits(self.context), (len(row), self.vocab))
-            logits = torch.from_numpy(found.copy())
-            total += float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(row[1:]), reduction="sum"))
+            yield torch.from_numpy(found.copy())
             self.api.llama_batch_free(batch)
-        return total / sum(len(row) - 1 for row in rows)
+
+
+def dequantised(model: GPT, kind: str) -> GPT:
+    """A copy of the model with the weights that a GGUF file of that kind has."""
+    import gguf
+
+    copy = GPT(model.config)
+    copy.load_state_dict(model.state_dict())
+    form = gguf.GGMLQuantizationType[kind]
+    with torch.no_grad():
+        for p in copy.parameters():
+            if p.ndim > 1:
+                whole = gguf.quants.dequantize(gguf.quants.quantize(p.numpy(), form), form)
+                p.copy_(torch.from_numpy(whole).view(p.shape))
+    return copy.eval()
+
+
+def quality(options: argparse.Namespace, model: GPT, peers: dict[str, LlamaCpp]) -> dict[str, Any]:
+    """What each precision costs on a text, beside float32 of our own. Rotating by pairs or halves only changes the
+    order of rows, so the weights of a file can also be had in our own order."""
+    from stateofgpt.text.tokenizer import Tokenizer
+
+    ids = Tokenizer.load(options.model).encode(Path(options.file).read_text())[options.skip :][: options.of_file]
+    rows = bench_engine.rows_of(ids)
+    exact = list(bench_engine.logits_of(model, rows, "float32"))
+    found: dict[str, Any] = {}
+    for weights in ("float32", "bfloat16", "int8"):
+        found[f"ours {weights}"] = bench_engine.differing(rows, exact, bench_engine.logits_of(model, rows, weights))
+    found["ours float32, cache bfloat16"] = bench_engine.differing(
+        rows, exact, bench_engine.logits_of(model, rows, "float32", "bfloat16")
+    )
+    eight = bench_engine.logits_of(dequantised(model, "Q8_0"), rows, "float32")
+    found["weights of Q8_0, our float32"] = bench_engine.differing(rows, exact, eight)
+    for kind, peer in peers.items():
+        found[f"llama.cpp {kind}"] = bench_engine.differing(rows, exact, peer.logits(rows))
+    return {"tokens": len(ids), **found}
 
 
 def compared(options: argparse.Namespace, model: GPT, folder: Path) -> dict[str, Any]:
@@ -149,6 +183,8 @@ def compared(options: argparse.Namespace, model: GPT, folder: Path) -> dict[str,
         )
         for weights in ("float32", "bfloat16", "int8")
     }
+    if not options.pairs:
+        return {"quality": quality(options, model, {kind: LlamaCpp(path) for kind, path in files.items()})}
     bench_engine.gate(ours["float32"], LlamaCpp(files["F32"], exact=True).single(prompt, options.tokens))
     peers = {kind: LlamaCpp(path) for kind, path in files.items()}
     sides = {f"ours {weights}": side for weights, side in ours.items()}
@@ -160,11 +196,7 @@ def compared(options: argparse.Namespace, model: GPT, folder: Path) -> dict[str,
         for kind, weights in KINDS.items()
     }
     if options.file:
-        from stateofgpt.text.tokenizer import Tokenizer
-
-        ids = Tokenizer.load(options.model).encode(Path(options.file).read_text())[: options.of_file]
-        rows = [ids[i : i + 512] for i in range(0, len(ids) - 1, 512)]
-        found["nats_per_token"] = {kind: peer.nats(rows) for kind, peer in peers.items()}
+        found["quality"] = quality(options, model, peers)
     return {**found, "system": peers["F32"].api.llama_print_system_info().decode()}
 
 
@@ -173,6 +205,7 @@ def main() -> None:
     bench_engine.shape_options(parser)
     parser.add_argument("--file", help="a text whose nats per token are told, too")
     parser.add_argument("--of-file", type=int, default=1024, help="tokens of it")
+    parser.add_argument("--skip", type=int, default=0, help="tokens before them")
     options = parser.parse_args()
     import llama_cpp
 

@@ -84,10 +84,9 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
 Answer = list[tuple[int, float, str | None]]
 
 
-def alone(model: GPT, prompt: list[int], params: SamplingParams) -> Answer:
-    return [
-        (e.token, e.logprob, e.finish) for e in Engine(model, max_batch=1, native=True).generate([prompt], [params])
-    ]
+def alone(model: GPT, prompt: list[int], params: SamplingParams, cache: forward.CachePrecision = "float32") -> Answer:
+    engine = Engine(model, max_batch=1, native=True, cache=cache)
+    return [(e.token, e.logprob, e.finish) for e in engine.generate([prompt], [params])]
 
 
 MODEL = make_model()
@@ -119,6 +118,7 @@ def jobs(draw: st.DrawFn) -> tuple[list[int], SamplingParams]:
     st.sampled_from([None, 1, 7, 24]),
     st.booleans(),
     st.sampled_from([0, 0, 3]),
+    st.sampled_from(["float32", "float32", "bfloat16"]),
     st.randoms(use_true_random=False),
 )
 @settings(max_examples=60, deadline=None)
@@ -129,18 +129,19 @@ def test_the_same_request_gives_the_same_bits_alone_batched_preempted_and_from_a
     step_tokens: int | None,
     prefixes: bool,
     speculate: int,
+    cache: forward.CachePrecision,
     rng: random.Random,
 ) -> None:
-    size = Engine(MODEL, max_batch=1, native=True)._decoder.block_bytes
+    size = Engine(MODEL, max_batch=1, native=True, cache=cache)._decoder.block_bytes
     engine = Engine(
         MODEL, max_batch=rows, native=True, cache_bytes=blocks * size, step_tokens=step_tokens, prefixes=prefixes,
-        speculate=speculate,
+        speculate=speculate, cache=cache,
     )  # fmt: skip
     found: dict[int, Answer] = {}
     wanted: dict[int, Answer] = {}
     for (prompt, params), steps, tenant in asked:
         request = engine.add(prompt, params, tenant=tenant)
-        found[request], wanted[request] = [], alone(MODEL, prompt, params)
+        found[request], wanted[request] = [], alone(MODEL, prompt, params, cache)
         if rng.random() < 0.1:
             engine.cancel(engine.add(prompt, params))
         for _ in range(steps):
@@ -291,6 +292,23 @@ def test_rounded_weights_stay_close(arch: str, kv_heads: int, weights: forward.P
     found = Engine(model, native=True, weights=weights)._decoder.verify([ids], [0], [[0, 1]])  # type: ignore[union-attr]
     error = (found.log_softmax(-1) - wanted).abs()
     assert 1e-4 < error.mean() < tolerance
+
+
+@pytest.mark.parametrize("arch,kv_heads", [("qwen3", 2), ("llama", 1), ("gpt2", 4)])
+def test_a_rounded_cache_holds_what_torch_rounds_and_stays_close(arch: str, kv_heads: int) -> None:
+    model, ids = make_model(arch, kv_heads), prompts_of(40)[0]
+    pools, logits = [], []
+    for cache in ("float32", "bfloat16"):
+        decoder = Engine(model, max_batch=1, native=True, cache=cache)._decoder
+        assert isinstance(decoder, forward.NativeDecoder)
+        logits.append(decoder.verify([ids], [0], [[2, 0, 1]]))
+        pools.append(decoder._pool[:3])
+    whole, small = pools[0], pools[1].view(torch.bfloat16)
+    assert whole.shape == small.shape
+    first = whole.shape[1] // model.config.num_hidden_layers  # what later layers keep comes of rounded numbers
+    assert whole[:, :first].any() and torch.equal(whole[:, :first].bfloat16(), small[:, :first])
+    assert torch.allclose(*(each.log_softmax(-1) for each in logits), atol=0.2)
+    assert not torch.equal(*logits)
 
 
 def test_packed_weights_unpack_to_what_was_rounded() -> None:

@@ -24,7 +24,7 @@ from stateofgpt.infer import score
 from stateofgpt.infer.adjust import adjust
 from stateofgpt.infer.blocks import Blocks
 from stateofgpt.infer.cache import how_many
-from stateofgpt.infer.decoders import Precision, make_decoder
+from stateofgpt.infer.decoders import CachePrecision, Precision, make_decoder
 from stateofgpt.infer.grammar import Constraint
 from stateofgpt.infer.guide import Guide
 from stateofgpt.infer.request import Completion, Event, Finish, Request, check
@@ -44,9 +44,9 @@ class Engine:
     `max_batch` requests draw at once, further ones wait. `max_context` (the model's own by default) bounds prompt and
     answer together. Call `refresh()` after the model's weights have changed.
 
-    `native` goes through `infer.forward` where the machine can, and keeps weights in the precision `weights`; else
-    torch computes in `dtype`. With `prefixes` what was read is found again by later requests of the same tenant.
-    `cache_bytes` bounds the cache (by default a quarter of the free memory, see `infer.cache`), `step_tokens` how many
+    `native` goes through `infer.forward` where the machine can, with weights in the precision `weights` and keys and
+    values in that of `cache`; else torch computes in `dtype`. With `prefixes` what was read is found again by later
+    requests of the same tenant. `cache_bytes` bounds the cache (see `infer.cache`), `step_tokens` how many
     tokens of prompts are read in a step (by default all). `speculate` is how many tokens are guessed per step while the
     batch is small, on the native path. On the native path none of these four changes a bit of an answer. `guides` makes
     the guides of constrained requests.
@@ -61,6 +61,7 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         native: bool = False,
         weights: Precision = "float32",
+        cache: CachePrecision = "float32",
         prefixes: bool = False,
         cache_bytes: int | None = None,
         step_tokens: int | None = None,
@@ -73,7 +74,7 @@ class Engine:
         config = model.config
         self.model, self.max_batch, self.guides, self.speculate = model, max_batch, guides, speculate
         self.max_context = min(max_context or config.max_position_embeddings, config.max_position_embeddings)
-        self._decoder = make_decoder(model, dtype, native, weights, self.max_context)
+        self._decoder = make_decoder(model, dtype, native, weights, cache, self.max_context)
         decoder = self._decoder
         count = how_many(cache_bytes, decoder.block_bytes, max_batch, self.max_context, decoder.device)
         self._decoder.make_room(count)

@@ -24,6 +24,7 @@ typedef struct {
     const float *cosines, *sines; /* [context][head_dim / 2] or null */
     int64_t n_layers, hidden, heads, kv_heads, head_dim, inner, kind, gated;
     float eps, scale;
+    int64_t cache; /* kind of its numbers: FLOAT32 or BFLOAT16 */
 } model;
 
 static inline float total(vec v) {
@@ -116,38 +117,55 @@ static void turn(const model *m, const layer *l, float *qk, int64_t position) {
 /* ---- attention ---- */
 
 /* The cache is blocks of BLOCK positions; a block has for each layer and key head its keys as [head_dim][BLOCK] and its
-   values as [BLOCK][padded], where padded is head_dim rounded up to whole vectors. */
+   values as [BLOCK][padded], where padded is head_dim rounded up to whole vectors. All in the cache's kind of numbers,
+   of which a block has a whole number of floats. */
 static inline int64_t padded(const model *m) { return (m->head_dim + LANES - 1) / LANES * LANES; }
-static inline int64_t piece(const model *m) { return BLOCK * (m->head_dim + padded(m)); }
+static inline int64_t piece(const model *m) {
+    return BLOCK * (m->head_dim + padded(m)) / (m->cache == BFLOAT16 ? 2 : 1);
+}
 
 static inline float *place(const model *m, float *pool, int64_t block, int64_t index, int64_t head) {
     return pool + ((block * m->n_layers + index) * m->kv_heads + head) * piece(m);
 }
 
+/* The upper half of a float, rounded to the nearest, halves to even. */
+static inline uint16_t half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 static void remember(const model *m, float *pool, int64_t block, int64_t index, int64_t slot, const float *k,
                      const float *v) {
     const int64_t d = m->head_dim, wide = padded(m);
-    for (int64_t h = 0; h < m->kv_heads; h++) {
+    for (int64_t h = 0; h < m->kv_heads; h++, k += d, v += d) {
         float *keys = place(m, pool, block, index, h), *values = keys + BLOCK * d;
-        for (int64_t i = 0; i < d; i++) keys[i * BLOCK + slot] = k[h * d + i];
-        memcpy(values + slot * wide, v + h * d, d * sizeof(float));
+        if (m->cache == BFLOAT16) {
+            uint16_t *small = (uint16_t *)keys;
+            for (int64_t i = 0; i < d; i++) small[i * BLOCK + slot] = half(k[i]);
+            for (int64_t i = 0; i < d; i++) small[BLOCK * d + slot * wide + i] = half(v[i]);
+            continue;
+        }
+        for (int64_t i = 0; i < d; i++) keys[i * BLOCK + slot] = k[i];
+        memcpy(values + slot * wide, v, d * sizeof(float));
     }
 }
 
 /* What one query head of one token finds in its past of `length` positions. scores has room for length, rounded up to
    whole blocks. */
-static void attend(const model *m, float *pool, const int32_t *blocks, int64_t index, int64_t head, int64_t length,
-                   const float *q, float *scores, float *y) {
+static inline __attribute__((always_inline)) void attend(const model *m, float *pool, const int32_t *blocks,
+                                                         int64_t index, int64_t head, int64_t length, const float *q,
+                                                         float *scores, float *y, const int kind) {
     const int64_t d = m->head_dim, wide = padded(m), n = (length + BLOCK - 1) / BLOCK;
     vec top = (vec){0} - INFINITY, sum = {0};
     for (int64_t b = 0; b < n; b++) {
-        const float *keys = place(m, pool, blocks[b], index, head);
+        const void *keys = place(m, pool, blocks[b], index, head);
         vec s[4] = {{0}, {0}, {0}, {0}};
         int64_t i = 0;
         for (; i + 4 <= d; i += 4)
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) s[j] += load(keys + (i + j) * BLOCK) * q[i + j];
-        for (; i < d; i++) s[0] += load(keys + i * BLOCK) * q[i];
+            for (int j = 0; j < 4; j++) s[j] += weights(keys, (i + j) * BLOCK, kind) * q[i + j];
+        for (; i < d; i++) s[0] += weights(keys, i * BLOCK, kind) * q[i];
         vec all = ((s[0] + s[1]) + (s[2] + s[3])) * m->scale;
         if (b == n - 1)
             for (int64_t j = length - b * BLOCK; j < BLOCK; j++) all[j] = -INFINITY;
@@ -166,18 +184,20 @@ static void attend(const model *m, float *pool, const int32_t *blocks, int64_t i
         const int parts = (wide - at) / LANES < 4 ? (int)((wide - at) / LANES) : 4;
         vec out[4] = {{0}, {0}, {0}, {0}};
         for (int64_t b = 0; b < n; b++) {
-            const float *values = place(m, pool, blocks[b], index, head) + BLOCK * d + at;
+            const void *values = place(m, pool, blocks[b], index, head);
             const int64_t here = length - b * BLOCK < BLOCK ? length - b * BLOCK : BLOCK;
             if (parts == 4)
                 for (int64_t t = 0; t < here; t++) {
                     const float p = scores[b * BLOCK + t];
 #pragma GCC unroll 4
-                    for (int j = 0; j < 4; j++) out[j] += load(values + t * wide + j * LANES) * p;
+                    for (int j = 0; j < 4; j++)
+                        out[j] += weights(values, BLOCK * d + at + t * wide + j * LANES, kind) * p;
                 }
             else
                 for (int64_t t = 0; t < here; t++)
                     for (int j = 0; j < parts; j++)
-                        out[j] += load(values + t * wide + j * LANES) * scores[b * BLOCK + t];
+                        out[j] += weights(values, BLOCK * d + at + t * wide + j * LANES, kind) *
+                                  scores[b * BLOCK + t];
         }
         for (int j = 0; j < parts; j++) {
             const vec o = out[j] * rate;
@@ -186,6 +206,14 @@ static void attend(const model *m, float *pool, const int32_t *blocks, int64_t i
         }
     }
 }
+
+#define ATTEND(kind)                                                                                                  \
+    static __attribute__((noinline)) void attend_##kind(const model *m, float *pool, const int32_t *blocks,           \
+                                                        int64_t index, int64_t head, int64_t length, const float *q,  \
+                                                        float *scores, float *y) {                                    \
+        attend(m, pool, blocks, index, head, length, q, scores, y, kind);                                             \
+    }
+ATTEND(FLOAT32) ATTEND(BFLOAT16)
 
 /* ---- the pass ---- */
 
@@ -256,9 +284,10 @@ void forward(const model *m, float *pool, const int64_t *ids, const int64_t *pos
             if (index == m->n_layers - 1 && n_wanted == 0) break; /* the rest would only be needed for logits */
 #pragma omp for schedule(dynamic, 4)
             for (int64_t job = 0; job < n * m->heads; job++) {
-                const int64_t t = job / m->heads, head = job % m->heads;
-                attend(m, pool, tables + rows[t], index, head / group, positions[t] + 1, u + t * qkv_width + head * d,
-                       own, h + t * wide + head * d);
+                const int64_t t = job % n, head = job / n; /* tokens of one text read the same past */
+                (m->cache == BFLOAT16 ? attend_BFLOAT16 : attend_FLOAT32)(
+                    m, pool, tables + rows[t], index, head / group, positions[t] + 1, u + t * qkv_width + head * d, own,
+                    h + t * wide + head * d);
             }
             product(&l->out, m->kind, h, wide, n, x, c, 1, spare);
 #pragma omp for schedule(static)

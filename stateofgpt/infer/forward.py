@@ -30,6 +30,7 @@ from stateofgpt.model.rotary import rotary_angles
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 PANEL = 32  # as in products.h
 Precision = Literal["float32", "bfloat16", "int8"]
+CachePrecision = Literal["float32", "bfloat16"]
 _KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 _TOKENS = 512  # in one call: bounds the scratch memory
 
@@ -62,6 +63,7 @@ class _Model(ctypes.Structure):
         ),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
+        ("cache", ctypes.c_int64),
     )
 
 
@@ -70,7 +72,15 @@ class NativeDecoder:
 
     exact = True  # a token's bits do not depend on the batch
 
-    def __init__(self, library: ctypes.CDLL, model: GPT, precision: Precision, max_context: int) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        model: GPT,
+        precision: Precision,
+        max_context: int,
+        cache: CachePrecision = "float32",
+    ) -> None:
+        self._cache = cache
         self.config, self._model, self._library, self.precision = model.config, model, library, precision
         self.device = torch.device("cpu")
         c = model.config
@@ -110,6 +120,7 @@ class NativeDecoder:
             int(c.arch != "gpt2"),
             c.rms_norm_eps,
             c.head_dim**-0.5,
+            _KINDS[self._cache],
         )
 
     def _layer(self, block: Block) -> _Layer:
