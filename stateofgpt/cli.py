@@ -35,6 +35,7 @@ from stateofgpt.options import (
 )
 from stateofgpt.train.threads import wait_briefly
 
+WEIGHTS = ("float32", "bfloat16", "int8")
 STAGE_VERBS = {
     "collect": "gather texts into a weighted, de-duplicated mixture",
     "tokenize": "train the tokenizer and turn the mixture into shards",
@@ -188,10 +189,12 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     logprobs.option("--file", type=Path, help="or a file, for its bits per byte")
     logprobs.option("--context", type=to_count, default=256, help="tokens of the file read at a time (default 256)")
 
+    weights = "what weights are kept in: smaller is faster; int8 answers a little differently (default float32)"
     chat = verb("chat", act.chat, "talk to a model in the terminal")
     _model_argument(chat, optional=True)
     chat.option("--temperature", type=to_temperature, default=0.7, help="0 is greedy (default 0.7)")
     chat.option("--seed", type=to_seed, default=0, help="the same seed and words, the same answers (default 0)")
+    chat.option("--weights", choices=WEIGHTS, default="float32", help=weights)
     chat.option("--feedback", type=Path, help="where thumbs are kept; default: in the model's run")
 
     serve = verb("serve", act.serve, "models on a web page and behind OpenAI's API")
@@ -202,6 +205,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     serve.option("--keys", type=Path, metavar="FILE", help="ask for an API key of this file (see `sog keys`)")
     serve.option("--name", action="append", metavar="HOST", help="another host name the server goes by; repeatable")
     serve.option("--feedback", type=Path, help="where thumbs are kept; default: in the first model's run")
+    serve.option("--weights", choices=WEIGHTS, help=weights)
+    serve.option("--cache", choices=WEIGHTS[:2], help="the same for keys and values of texts under way")
     serve.option("--max-answers", type=to_count, help="how many answers may be written or waiting at once (default 64)")
     serve.option("--max-connections", type=to_count, help="how many connections may be open (default 1024)")
     serve.option("--drain", type=to_seconds, metavar="SECONDS", help="for answers to finish at SIGTERM (default 20)")

@@ -184,7 +184,7 @@ def chat(options: argparse.Namespace) -> None:
     folder = resolve_model(options.model) if options.model else newest_model()
     from stateofgpt.serve.terminal import chat
 
-    chat(folder, options.feedback or feedback_of(folder), options.temperature, options.seed)
+    chat(folder, options.feedback or feedback_of(folder), options.temperature, options.seed, options.weights)
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -199,6 +199,8 @@ def serve(options: argparse.Namespace) -> None:
         "max_connections": options.max_connections,
         "drain_s": options.drain,
         "step_s": options.step_limit,
+        "weights": options.weights,
+        "cache": options.cache,
         "names": tuple(name.lower() for name in options.name) if options.name else None,
     }
     chosen = {name: value for name, value in given.items() if value is not None}

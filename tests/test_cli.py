@@ -177,12 +177,19 @@ def test_chat_and_serve_take_the_newest_assistant_and_keep_feedback_in_its_run(f
     os.utime(tmp_path / "runs/old/run.json", (1, 1))
     checkpoint(tmp_path / "runs/new", "pretrain", "sft")
     assert main(["chat", "--temperature", "0"]) == 0
-    assert main(["serve", "old:rl", "--port", "8080"]) == 0
+    assert main(["serve", "old:rl", "--port", "8080", "--weights", "int8", "--cache", "bfloat16"]) == 0
     assert main(["serve", "runs/old/rl/checkpoint", "--feedback", "f.sqlite"]) == 0
     old, new = Path("runs/old/rl/checkpoint"), Path("runs/new/sft/checkpoint")
+    config = Config(port=8080, weights="int8", cache="bfloat16")
     assert fakes.calls == [
-        ("chat", new, (tmp_path / "runs/new/feedback.sqlite"), 0.0, 0),
-        ("serve", [old], tmp_path / "runs/old/feedback.sqlite", Config(port=8080), None),
+        ("chat", new, (tmp_path / "runs/new/feedback.sqlite"), 0.0, 0, "float32"),
+        (
+            "serve",
+            [old],
+            tmp_path / "runs/old/feedback.sqlite",
+            Config(port=8080, weights="int8", cache="bfloat16"),
+            None,
+        ),
         ("serve", [old], Path("f.sqlite"), Config(), None),
     ]
 

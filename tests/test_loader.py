@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from stateofgpt.assistant.session import Done, TextDelta
 from stateofgpt.data.feedback import FeedbackStore
 from stateofgpt.errors import CheckpointError, ModelError
+from stateofgpt.infer.forward import NativeDecoder
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.model.checkpoint import save_checkpoint
 from stateofgpt.model.gpt import GPT, GPTConfig
@@ -67,6 +68,16 @@ def run(assistant: LoadedAssistant, text: str, seed: int = 0, max_tokens: int = 
 
 def test_it_knows_its_name_and_the_stages_it_went_through(assistant: LoadedAssistant) -> None:
     assert assistant.name == "tiny:rl" and assistant.lineage == ("pretrain", "sft", "rl")
+
+
+def test_weights_and_cache_are_kept_as_asked(folder: Path, assistant: LoadedAssistant) -> None:
+    with load_assistant(folder, max_batch=4, weights="int8", cache="bfloat16") as small:
+        if not small._loop.engine.native:
+            pytest.skip("int8 weights need the native path")
+        own, other = (x._loop.engine._decoder for x in (small, assistant))
+        assert isinstance(own, NativeDecoder) and own.precision == "int8"
+        assert 2 * own.block_bytes == other.block_bytes
+        assert run(small, "What is 4729?").messages
 
 
 def test_the_same_seed_gives_the_same_answer_alone_and_among_others(assistant: LoadedAssistant) -> None:

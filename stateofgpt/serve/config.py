@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stateofgpt.infer.decoders import CachePrecision, Precision
 
 
 @dataclass(frozen=True)
 class Config:
     """The address, how answers are sampled unless a request says otherwise, and limits; times in seconds.
 
-    `names` are further host names the server goes by; "*" any address in digits.
+    `names` are further host names the server goes by; "*" any address in digits. `weights` and `cache` are what the
+    engines keep weights, and keys and values, in.
     """
 
     host: str = "127.0.0.1"
@@ -18,6 +23,8 @@ class Config:
     temperature: float = 0.7
     max_tokens: int = 512
     seed: int = 0
+    weights: Precision = "float32"
+    cache: CachePrecision = "float32"
     max_answers: int = 64  # being written, or waiting to be
     max_connections: int = 1024
     max_per_address: int = 64  # connections, loopback aside

@@ -19,6 +19,7 @@ from stateofgpt.assistant.offer import Caller, Offer, told
 from stateofgpt.assistant.session import Done, Session, Streamed, TextDelta, Turn
 from stateofgpt.assistant.tools import Toolbox
 from stateofgpt.errors import CheckpointError, ModelError, StateOfGptError
+from stateofgpt.infer.decoders import CachePrecision, Precision
 from stateofgpt.infer.engine import Engine, Event
 from stateofgpt.infer.grammar import library
 from stateofgpt.infer.guide import Constraint, Guides
@@ -44,10 +45,12 @@ class ContextTooLong(ModelError):
     """What was sent does not fit the model's context."""
 
 
-def load_assistant(model_dir: Path, *, max_batch: int = 8) -> LoadedAssistant:
+def load_assistant(
+    model_dir: Path, *, max_batch: int = 8, weights: Precision = "float32", cache: CachePrecision = "float32"
+) -> LoadedAssistant:
     """Load the checkpoint in `model_dir`; CheckpointError, one sentence, when that cannot be done.
 
-    `max_batch` answers are written at the same time; more wait for their turn.
+    `max_batch` answers are written at the same time; more wait for their turn. `weights` and `cache` as of `Engine`.
     """
     model_dir = Path(model_dir)
     lineage = read_lineage(model_dir)
@@ -56,6 +59,8 @@ def load_assistant(model_dir: Path, *, max_batch: int = 8) -> LoadedAssistant:
         load_model(model_dir).eval(),
         max_batch=min(max_batch, MOST_ROWS),
         native=True,
+        weights=weights,
+        cache=cache,
         prefixes=True,
         step_tokens=STEP_TOKENS,
         guides=_guides(tokenizer),

@@ -53,7 +53,10 @@ def serve(
     with listener, FeedbackStore(feedback, exclusive=True) as store:
         from stateofgpt.serve.loader import load_assistant
 
-        shelf = Shelf.open(folders, functools.partial(load_assistant, max_batch=config.max_answers))
+        load = functools.partial(
+            load_assistant, max_batch=config.max_answers, weights=config.weights, cache=config.cache
+        )
+        shelf = Shelf.open(folders, load)
         try:
             host = f"[{config.host}]" if ":" in config.host else config.host
             names = ", ".join(shelf.models)

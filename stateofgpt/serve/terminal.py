@@ -19,6 +19,7 @@ from typing import TextIO
 from stateofgpt.assistant.session import TextDelta, ToolCalled, ToolReturned
 from stateofgpt.data.feedback import FeedbackStore
 from stateofgpt.errors import FeedbackError, StateOfGptError
+from stateofgpt.infer.decoders import Precision
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.serve.answering import Answer, Assistant, answer, describe
 from stateofgpt.text.chat import Conversation, Message
@@ -32,12 +33,12 @@ MAX_TOKENS = 512
 _BIDI = frozenset(range(0x202A, 0x202F)) | frozenset(range(0x2066, 0x206A)) | {0x200E, 0x200F, 0x061C}
 
 
-def chat(model_dir: Path, feedback: Path | None, temperature: float, seed: int) -> None:
+def chat(model_dir: Path, feedback: Path | None, temperature: float, seed: int, weights: Precision = "float32") -> None:
     """Chat with the model in a folder on the standard streams; with `feedback`, store what is said there."""
     from stateofgpt.serve.loader import load_assistant
 
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=temperature, seed=seed)
-    with load_assistant(model_dir, max_batch=1) as assistant, ExitStack() as stack:
+    with load_assistant(model_dir, max_batch=1, weights=weights) as assistant, ExitStack() as stack:
         store = None if feedback is None else stack.enter_context(FeedbackStore(feedback))
         Terminal(assistant, store, params, sys.stdin, sys.stdout).run()
 
