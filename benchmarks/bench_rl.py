@@ -11,7 +11,8 @@ for the same ids within 1e-4 in float32. Then, in turn, a few iterations of each
 What an iteration of ours spends on drawing, on scoring (reward, reference and log-probabilities) and on training is
 told apart; of the peer, what its trainer spends on drawing and scoring together, and on the rest. An untrained model
 hardly ever ends a turn, so that nearly all answers have the most tokens there may be; with `--ends` it is made to end
-its turn after about that share of tokens, as answers of a trained model are of many lengths. The mean is told for both.
+its turn after about that share of tokens, as answers of a trained model are of many lengths, and learns next to
+nothing, or it would unlearn that. The mean is told for both.
 `--part` lets ours update in parts of like length (`rl.ppo.part_tokens`).
 """
 
@@ -45,6 +46,7 @@ from stateofgpt.train.loss import Way
 from stateofgpt.train.optim import OptimConfig
 
 LR, KL = 1e-5, 0.04
+NO_LR = 1e-9  # where turns end by the one number that all tokens share, the first step of 1e-5 unlearns it
 Sides = dict[str, Any]
 
 
@@ -108,7 +110,7 @@ class Ours:
         self.options = options
         self.chat = ChatFormat(Tokenizer.load(folder))
         policy = load_model(folder)
-        adam = LoopConfig(optim=OptimConfig(lr=LR, beta2=0.999, weight_decay=0.0, use_muon=False))
+        adam = LoopConfig(optim=OptimConfig(lr=options.lr, beta2=0.999, weight_decay=0.0, use_muon=False))
         self.learner = GroupOptimization(
             "grpo",
             policy,
@@ -193,7 +195,7 @@ def theirs(folder: Path, options: argparse.Namespace, updates: int) -> Sides:
             num_generations=options.samples,
             max_completion_length=options.tokens,
             max_steps=updates + 1,
-            learning_rate=LR,
+            learning_rate=options.lr,
             beta=KL,
             loss_type="grpo",
             temperature=1.0,
@@ -284,6 +286,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="without the fused kernels")
     parser.add_argument("--torch-engine", action="store_true", help="ours draws by torch's operations")
     options = parser.parse_args()
+    options.lr = NO_LR if options.ends else LR
     options.ours, options.theirs = (options.dtype.split(",") * 2)[:2]
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
