@@ -183,13 +183,7 @@ def test_chat_and_serve_take_the_newest_assistant_and_keep_feedback_in_its_run(f
     config = Config(port=8080, weights="int8", cache="bfloat16")
     assert fakes.calls == [
         ("chat", new, (tmp_path / "runs/new/feedback.sqlite"), 0.0, 0, "float32"),
-        (
-            "serve",
-            [old],
-            tmp_path / "runs/old/feedback.sqlite",
-            Config(port=8080, weights="int8", cache="bfloat16"),
-            None,
-        ),
+        ("serve", [old], tmp_path / "runs/old/feedback.sqlite", config, None),
         ("serve", [old], Path("f.sqlite"), Config(), None),
     ]
 
