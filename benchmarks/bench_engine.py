@@ -13,8 +13,9 @@ what a CPU user gets).
 there at once; useful tokens per second until the last is done. The peers are `generate` in padded batches (sorted by
 length, each batch as long as its longest answer) and transformers' own continuous batching. --sides says who runs: the
 torch path and continuous batching take minutes. The side `http` is the same load sent by as many clients as there are
-rows to `sog serve`, each asking again when it was answered, beside `served`: the engine with the server's settings, fed
-in the same way without a server. Both tell the milliseconds to the first token, and what the server adds per token.
+rows to `sog serve`, each asking again when it was answered (`http-cache`: with its cache in bfloat16), beside `served`:
+the engine with the server's settings, fed in the same way without a server. They tell the milliseconds to the first
+token, and what the server adds per token.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from stateofgpt.serve.loader import STEP_TOKENS
 
 Side = Callable[[], dict[str, Any]]
 PREFIX = 128
-LOAD_SIDES = ("ours", "bfloat16", "static", "cache", "int8", "torch", "continuous", "served", "http")
+LOAD_SIDES = ("ours", "bfloat16", "static", "cache", "int8", "torch", "continuous", "served", "http", "http-cache")
 
 
 def models(options: argparse.Namespace) -> tuple[GPT, LlamaForCausalLM]:
@@ -348,14 +349,16 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
         "static": static_load(peer, asked, options.rows),
         "continuous": continuous_load(peer, asked, options.rows),
     }
-    firsts: dict[str, list[Any]] = {"served": [], "http": []}
+    firsts: dict[str, list[Any]] = {"served": [], "http": [], "http-cache": []}
     sides["served"] = served_load(model, asked, options.rows, firsts["served"])
     with ExitStack() as stack:
-        if "http" in options.sides:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
-            http_load.write_folder(folder, model)
-            port = stack.enter_context(http_load.server(folder, options.rows))
-            sides["http"] = http_side(port, asked, options.rows, firsts["http"])
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
+        for name, extra in (("http", ()), ("http-cache", ("--cache", "bfloat16"))):
+            if name in options.sides:
+                if not folder.exists():
+                    http_load.write_folder(folder, model)
+                port = stack.enter_context(http_load.server(folder, options.rows, *extra))
+                sides[name] = http_side(port, asked, options.rows, firsts[name])
         sides = {name: sides[name] for name in options.sides}
         found = compared(sides, options.pairs, ["static", "continuous", "served"])
     rates = found["tokens_per_second"]

@@ -36,10 +36,10 @@ def write_folder(path: Path, model: GPT) -> None:
 
 
 @contextmanager
-def server(folder: Path, rows: int) -> Iterator[int]:
-    """`sog serve` of one folder, and its port; it ends with the block."""
+def server(folder: Path, rows: int, *options: str) -> Iterator[int]:
+    """`sog serve` of one folder with `options`, and its port; it ends with the block."""
     command = [sys.executable, "-m", "stateofgpt", "serve", str(folder), "--port", "0", "--max-answers", str(rows)]
-    command += ["--feedback", str(folder.parent / "feedback.sqlite")]
+    command += ["--feedback", str(folder.parent / f"feedback{'-'.join(options)}.sqlite"), *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
