@@ -47,7 +47,9 @@ class UpdateConfig:
     """Everything about the updates. KL is in nats per answer, summed over its sampled tokens.
 
     `kl_gain` is how fast the coefficient follows: the paper's 0.1 is for thousands of batches, a run here has tens.
-    `value*`, `gamma` and `lam` are PPO's own, the rest is every algorithm's. `pretraining` is the weight of the loss on
+    `value*`, `gamma` and `lam` are PPO's own, the rest is every algorithm's. In the first `value_first` iterations the
+    value model learns alone, from answers of the policy as it was. Its returns have a lambda of their own, `value_lam`;
+    None: `lam`. `pretraining` is the weight of the loss on
     texts of pretraining, `pretraining_rows` of which go with every update (InstructGPT's PPO-ptx); None for none.
     `part_tokens` is how many tokens of answers, in the order of their lengths, go through a model together in updates
     and for their scores, so that short ones are not padded to the longest: the same mathematics in other last bits.
@@ -60,6 +62,8 @@ class UpdateConfig:
     value_clip: float = 0.2
     gamma: float = 1.0
     lam: float = 0.95
+    value_lam: float | None = None
+    value_first: int | None = None
     kl_coefficient: float = 0.15
     kl_target: float | None = None
     kl_gain: float = 1.0
@@ -71,15 +75,15 @@ class UpdateConfig:
     part_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "minibatches", "pretraining_rows", "part_tokens"):
+        for name in ("epochs", "minibatches", "pretraining_rows", "part_tokens", "value_first"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"ppo.{name} is {value}, must be at least 1")
         for name in ("clip", "value_clip", "kl_target", "pretraining"):
             if (value := getattr(self, name)) is not None and not value > 0.0:
                 raise ConfigError(f"ppo.{name} is {value}, must be above 0")
-        for name in ("gamma", "lam"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"ppo.{name} is {getattr(self, name)}, must be from 0 to 1")
+        for name in ("gamma", "lam", "value_lam"):
+            if (value := getattr(self, name)) is not None and not 0.0 <= value <= 1.0:
+                raise ConfigError(f"ppo.{name} is {value}, must be from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -196,8 +200,13 @@ class Optimization(ABC):
 
     # ---- updates --------------------------------------------------------------------------------------------------
 
-    def update(self, experience: Experience, order: torch.Generator, factor: float, kl: float) -> dict[str, float]:
-        """All epochs over one batch of experience; learning rates times `factor`. The means over the updates made."""
+    def update(
+        self, experience: Experience, order: torch.Generator, factor: float, kl: float, *, policy: bool = True
+    ) -> dict[str, float]:
+        """All epochs over one batch of experience; learning rates times `factor`. The means over the updates made.
+
+        Without `policy` only what judges it learns: see `policy_learns`.
+        """
         c, rows = self.config, experience.rollouts.ids.shape[0]
         sums = dict.fromkeys(self.told, 0.0)
         updates = 0
@@ -205,11 +214,18 @@ class Optimization(ABC):
             for index in torch.randperm(rows, generator=order).chunk(c.minibatches):
                 updates += 1
                 extra = None if self.pretraining is None else self.pretraining(order)
-                self._learn(experience.rows(index), extra, sums, factor)
-        self._adapt(kl)
+                self._learn(experience.rows(index), extra, sums, factor, policy)
+        if policy:
+            self._adapt(kl)
         return {name: total / max(1, updates) for name, total in sums.items()}
 
-    def _learn(self, batch: Experience, extra: Batch | None, sums: dict[str, float], factor: float) -> None:
+    def policy_learns(self, iteration: int) -> bool:
+        """Whether the policy learns in this iteration, counted from 0, or only what judges it."""
+        return True
+
+    def _learn(
+        self, batch: Experience, extra: Batch | None, sums: dict[str, float], factor: float, policy: bool
+    ) -> None:
         """One update; adds what it told to `sums`."""
 
         def loss(model: GPT, batch: Experience) -> Tensor:
@@ -218,7 +234,8 @@ class Optimization(ABC):
                 value = value + self.config.pretraining * self._language(model, extra) / extra.weight
             return value * batch.weight  # the trainer divides by it
 
-        sums["policy_loss"] += self.trainers["policy"].step([batch], loss, factor)["loss"]
+        if policy:
+            sums["policy_loss"] += self.trainers["policy"].step([batch], loss, factor)["loss"]
 
     def _new_logprobs(self, model: GPT, rollouts: Rollouts) -> Tensor:
         """Log-probabilities [B, T] of the sampled tokens, to be learned by."""

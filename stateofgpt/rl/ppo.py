@@ -48,7 +48,10 @@ class PPO(Optimization):
         mask = seen.rollouts.mask
         (value,) = in_parts(lambda part: (self._values(self.value, part),), seen.rollouts, AT_ONCE)
         rewards = shaped_rewards(seen.scores, seen.logprobs, seen.reference, mask, self.kl_coefficient)
-        advantage, returns = advantages(rewards, value, mask, gamma=self.config.gamma, lam=self.config.lam)
+        c = self.config
+        advantage, returns = advantages(rewards, value, mask, gamma=c.gamma, lam=c.lam)
+        if c.value_lam is not None:
+            returns = advantages(rewards, value, mask, gamma=c.gamma, lam=c.value_lam)[1]
         return Experience(seen.rollouts, seen.logprobs, seen.reference, whiten(advantage, mask), value, returns)
 
     def _policy_loss(self, model: GPT, batch: Experience, sums: dict[str, float]) -> Tensor:
@@ -58,8 +61,13 @@ class PPO(Optimization):
         sums["approx_kl"] += out.approx_kl.item()
         return out.loss
 
-    def _learn(self, batch: Experience, extra: Batch | None, sums: dict[str, float], factor: float) -> None:
-        super()._learn(batch, extra, sums, factor)
+    def policy_learns(self, iteration: int) -> bool:
+        return iteration >= (self.config.value_first or 0)
+
+    def _learn(
+        self, batch: Experience, extra: Batch | None, sums: dict[str, float], factor: float, policy: bool
+    ) -> None:
+        super()._learn(batch, extra, sums, factor, policy)
         sums["value_loss"] += self.trainers["value"].step([batch], self._value_loss, factor)["loss"]
 
     def _values(self, model: ValueModel, rollouts: Rollouts) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from stateofgpt.config import from_dict
 from stateofgpt.infer.forward import load
+from stateofgpt.model.device import CPU
 from stateofgpt.run import Run
 from stateofgpt.train.loss import Way
 
@@ -17,7 +18,7 @@ def way_of(run: Run) -> Way:
     if (kept := run.config.get("way")) is not None:
         return from_dict(Way, kept)
     plan = run.stage("pretrain").decide("plan", dict)
-    return Way(plan["dtype"], plan["fused"], is_native(run))
+    return Way(plan["dtype"], plan["fused"], is_native(run), plan.get("device", CPU))
 
 
 def is_native(run: Run) -> bool:
@@ -29,8 +30,10 @@ def is_native(run: Run) -> bool:
 
 
 def as_config(way: Way) -> dict[str, Any]:
-    """A way as a round of feedback carries it: rounds that began before there was a native path have no word of it."""
-    return {name: value for name, value in asdict(way).items() if name != "native" or value}
+    """A way as a round of feedback carries it: rounds that began before there was a native path, or another device than
+    the CPU, have no word of them."""
+    usual = {"native": False, "device": CPU}
+    return {name: value for name, value in asdict(way).items() if name not in usual or value != usual[name]}
 
 
 def decide_engine(run: Run) -> None:

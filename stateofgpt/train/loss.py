@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stateofgpt.errors import ModelError
+from stateofgpt.model.device import CPU
 from stateofgpt.model.gpt import GPT
 from stateofgpt.train import fused as fused_pass
 from stateofgpt.train import kernels
@@ -24,17 +25,18 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Way:
-    """How a forward pass for training runs: its precision, and whether through the fused kernels; and whether tokens
-    are drawn on the engine's native path."""
+    """How a forward pass for training runs: its precision, and whether through the fused kernels; whether tokens are
+    drawn on the engine's native path; and the device of all models. Kernels and the native path are the CPU's."""
 
     dtype: Dtype = "float32"
     fused: bool = False
     native: bool = False
+    device: str = CPU
 
     @property
     def kernels(self) -> Kernels | None:
         """The kernels, where they are asked for. Raises ModelError where they cannot be had."""
-        if not self.fused:
+        if not self.fused or self.device != CPU:
             return None
         found = kernels.load()
         if found is None:
@@ -57,7 +59,8 @@ class Way:
 
     def autocast(self) -> torch.autocast:
         """Torch's automatic choice of precision, for what is not fused."""
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,14 @@ class Batch:
     @property
     def weight(self) -> float:
         return float(self.weights.sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on another device, or itself where it is there already."""
+        if self.ids.device == torch.device(device):
+            return self
+        firsts = None if self.firsts is None else self.firsts.to(device, non_blocking=True)
+        ids, targets, weights = (x.to(device, non_blocking=True) for x in (self.ids, self.targets, self.weights))
+        return Batch(ids, targets, weights, firsts)
 
     @staticmethod
     def of(
@@ -103,13 +114,16 @@ class LanguageModelLoss:
     would turn into atomic adds whose order, and so whose rounding, differs from run to run.
     """
 
-    def __init__(self, dtype: Dtype = "float32", compiled: bool = False, fused: bool = False) -> None:
-        self.way = Way(dtype, fused)
+    def __init__(
+        self, dtype: Dtype = "float32", compiled: bool = False, fused: bool = False, device: str = CPU
+    ) -> None:
+        self.way = Way(dtype, fused, device=device)
         self.kernels = self.way.kernels
         self._block = torch.compile(_block, dynamic=False) if compiled else _block
         self._head = torch.compile(_head, dynamic=False) if compiled else _head
 
     def __call__(self, model: GPT, batch: Batch) -> Tensor:
+        batch = batch.to(model.lm_head.weight.device)
         if self.kernels is not None and fused_pass.fits(model, batch.ids):
             return fused_pass.fused_loss(
                 self.kernels, model, batch.ids, batch.targets, batch.weights, self.way.torch_dtype, batch.firsts
