@@ -57,8 +57,9 @@ class Job:
     stops: list[Stop]
     pieces: Pieces[Streamed | Answer]
 
-    def __aiter__(self) -> AsyncIterator[tuple[int, Streamed | Answer]]:
-        return self.pieces.__aiter__()
+    def bursts(self) -> AsyncIterator[list[tuple[int, Streamed | Answer]]]:
+        """(Which answer, what came of it) as it comes, all that has come together."""
+        return self.pieces.bursts()
 
 
 class Visit:
