@@ -47,9 +47,8 @@ class UpdateConfig:
     """Everything about the updates. KL is in nats per answer, summed over its sampled tokens.
 
     `kl_gain` is how fast the coefficient follows: the paper's 0.1 is for thousands of batches, a run here has tens.
-    `value*`, `gamma` and `lam` are PPO's own, the rest is every algorithm's. In the first `value_first` iterations the
-    value model learns alone, from answers of the policy as it was. Its returns have a lambda of their own, `value_lam`;
-    None: `lam`. `pretraining` is the weight of the loss on
+    `value*`, `gamma` and `lam` are PPO's own, the rest is every algorithm's. The returns that the value model learns
+    have a lambda of their own, `value_lam`; None: `lam`. `pretraining` is the weight of the loss on
     texts of pretraining, `pretraining_rows` of which go with every update (InstructGPT's PPO-ptx); None for none.
     `part_tokens` is how many tokens of answers, in the order of their lengths, go through a model together in updates
     and for their scores, so that short ones are not padded to the longest: the same mathematics in other last bits.
@@ -63,7 +62,6 @@ class UpdateConfig:
     gamma: float = 1.0
     lam: float = 0.95
     value_lam: float | None = None
-    value_first: int | None = None
     kl_coefficient: float = 0.15
     kl_target: float | None = None
     kl_gain: float = 1.0
@@ -75,7 +73,7 @@ class UpdateConfig:
     part_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "minibatches", "pretraining_rows", "part_tokens", "value_first"):
+        for name in ("epochs", "minibatches", "pretraining_rows", "part_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"ppo.{name} is {value}, must be at least 1")
         for name in ("clip", "value_clip", "kl_target", "pretraining"):
@@ -200,13 +198,8 @@ class Optimization(ABC):
 
     # ---- updates --------------------------------------------------------------------------------------------------
 
-    def update(
-        self, experience: Experience, order: torch.Generator, factor: float, kl: float, *, policy: bool = True
-    ) -> dict[str, float]:
-        """All epochs over one batch of experience; learning rates times `factor`. The means over the updates made.
-
-        Without `policy` only what judges it learns: see `policy_learns`.
-        """
+    def update(self, experience: Experience, order: torch.Generator, factor: float, kl: float) -> dict[str, float]:
+        """All epochs over one batch of experience; learning rates times `factor`. The means over the updates made."""
         c, rows = self.config, experience.rollouts.ids.shape[0]
         sums = dict.fromkeys(self.told, 0.0)
         updates = 0
@@ -214,18 +207,11 @@ class Optimization(ABC):
             for index in torch.randperm(rows, generator=order).chunk(c.minibatches):
                 updates += 1
                 extra = None if self.pretraining is None else self.pretraining(order)
-                self._learn(experience.rows(index), extra, sums, factor, policy)
-        if policy:
-            self._adapt(kl)
+                self._learn(experience.rows(index), extra, sums, factor)
+        self._adapt(kl)
         return {name: total / max(1, updates) for name, total in sums.items()}
 
-    def policy_learns(self, iteration: int) -> bool:
-        """Whether the policy learns in this iteration, counted from 0, or only what judges it."""
-        return True
-
-    def _learn(
-        self, batch: Experience, extra: Batch | None, sums: dict[str, float], factor: float, policy: bool
-    ) -> None:
+    def _learn(self, batch: Experience, extra: Batch | None, sums: dict[str, float], factor: float) -> None:
         """One update; adds what it told to `sums`."""
 
         def loss(model: GPT, batch: Experience) -> Tensor:
@@ -234,8 +220,7 @@ class Optimization(ABC):
                 value = value + self.config.pretraining * self._language(model, extra) / extra.weight
             return value * batch.weight  # the trainer divides by it
 
-        if policy:
-            sums["policy_loss"] += self.trainers["policy"].step([batch], loss, factor)["loss"]
+        sums["policy_loss"] += self.trainers["policy"].step([batch], loss, factor)["loss"]
 
     def _new_logprobs(self, model: GPT, rollouts: Rollouts) -> Tensor:
         """Log-probabilities [B, T] of the sampled tokens, to be learned by."""

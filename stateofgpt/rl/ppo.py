@@ -61,13 +61,8 @@ class PPO(Optimization):
         sums["approx_kl"] += out.approx_kl.item()
         return out.loss
 
-    def policy_learns(self, iteration: int) -> bool:
-        return iteration >= (self.config.value_first or 0)
-
-    def _learn(
-        self, batch: Experience, extra: Batch | None, sums: dict[str, float], factor: float, policy: bool
-    ) -> None:
-        super()._learn(batch, extra, sums, factor, policy)
+    def _learn(self, batch: Experience, extra: Batch | None, sums: dict[str, float], factor: float) -> None:
+        super()._learn(batch, extra, sums, factor)
         sums["value_loss"] += self.trainers["value"].step([batch], self._value_loss, factor)["loss"]
 
     def _values(self, model: ValueModel, rollouts: Rollouts) -> Tensor:

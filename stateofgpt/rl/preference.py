@@ -124,11 +124,8 @@ class PreferenceOptimization(Optimization):
     def _experience(self, seen: Seen) -> Experience:
         return Experience(seen.rollouts, seen.logprobs, seen.reference, torch.zeros(len(seen.scores), 1))
 
-    def update(
-        self, experience: Experience, order: torch.Generator, factor: float, kl: float, *, policy: bool = True
-    ) -> dict[str, float]:
-        """One pass over pairs drawn with `order`, in minibatches; the answers that were looked at are not used, and
-        nothing but the policy learns."""
+    def update(self, experience: Experience, order: torch.Generator, factor: float, kl: float) -> dict[str, float]:
+        """One pass over pairs drawn with `order`, in minibatches; the answers that were looked at are not used."""
         sums = dict.fromkeys(self.told, 0.0)
         drawn = torch.randperm(len(self.pairs), generator=order)[: self.own.pairs]
         parts = drawn.chunk(self.config.minibatches)

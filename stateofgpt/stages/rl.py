@@ -235,8 +235,7 @@ class PolicyTraining:
             self.within_budget = kept(self.policy)
             factor = warmup_stable_decay(i, iterations, warmup=2, decay_share=0.5, floor=0.1)
             order = torch.Generator().manual_seed(self.run.seed * 1_000_003 + i)
-            policy = self.optimization.policy_learns(i)
-            watched |= self.optimization.update(experience, order, factor, watched["kl"], policy=policy)
+            watched |= self.optimization.update(experience, order, factor, watched["kl"])
         turns = turns[: len(asked)]
         scores = self._true_scores(asked, turns)
         self.stage.log(i + 1, **watched, true_score=fmean(scores), **shares(asked, turns))
