@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -306,6 +305,8 @@ def test_bfloat16_stays_close_to_float32(arch: str, kv_heads: int) -> None:
 
 
 def test_a_loop_serves_threads_alike_and_cancels_within_a_step() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
     model = make_model()
     prompts = prompts_of(*range(1, 13))
     params = SamplingParams(max_tokens=9, temperature=0.0)
@@ -342,21 +343,6 @@ def test_nothing_is_drawn_for_a_reader_that_lags_behind_and_its_answer_is_the_sa
         loop.cancel(left)
         assert len(list(loop.events([loop.add(prompts[2], params)]))) == 40
         assert not loop.engine._requests and not loop._pausing
-
-
-def test_a_reader_among_many_is_woken_for_several_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompts = make_model(), prompts_of(3, 5, 7)
-    params = SamplingParams(max_tokens=12, temperature=0.0)
-    for gather, least, most in ((1e3, 2, 3), (0.0, 12, 12)):  # the first token and the last; each
-        with EngineLoop(Engine(model, max_batch=3), gather=gather) as loop, ThreadPoolExecutor(3) as pool:
-            rung: list[int] = []
-            ring = loop._ring
-            monkeypatch.setattr(loop, "_ring", lambda asked, ring=ring, rung=rung: (rung.extend(asked), ring(asked)))
-            requests = [loop.add(prompt, params) for prompt in prompts]
-            answers = list(pool.map(lambda r: [e.token for e in loop.events([r])], requests))
-            assert all(least <= rung.count(r) <= most for r in requests)
-            assert not loop._held and not loop._rung
-        assert answers == [naive_greedy(model, prompt, 12).ids for prompt in prompts]
 
 
 def test_a_request_that_pauses_is_not_extended() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,15 +35,11 @@ class EngineLoop:
     thread.
 
     `unread` is how many events of a request may wait for its reader until nothing more is drawn for it (None: any
-    number); then every request wants a reader of its own. A reader is woken for the first event and for the last, and
-    between them at most once in `gather` seconds times the number of requests that are open: to wake a thread, and what
-    that does then, costs as much as it takes to draw a token of a small model.
+    number); then every request wants a reader of its own.
     """
 
-    def __init__(self, engine: Engine, *, unread: int | None = None, gather: float = 0.0) -> None:
-        self.engine, self._unread, self._gather = engine, unread, gather
-        self._rung: dict[int, float] = {}  # when the reader of an open request was woken
-        self._held: set[int] = set()  # open requests with events that nobody was woken for
+    def __init__(self, engine: Engine, *, unread: int | None = None) -> None:
+        self.engine, self._unread = engine, unread
         self.max_context = engine.max_context
         self._commands: deque[Callable[[], object]] = deque()
         self._jobs: deque[Job] = deque()
@@ -128,8 +123,6 @@ class EngineLoop:
             self._pausing.discard(request)
             self._ring([request])
             self._bells.pop(request, None)
-            self._rung.pop(request, None)
-            self._held.discard(request)
             self._commands.append(lambda: self.engine.cancel(request))
             self._changed.notify_all()
 
@@ -286,25 +279,7 @@ class EngineLoop:
                     if self._unread and len(self._inbox[event.request]) >= self._unread and not event.finish:
                         self._pausing.add(event.request)
                         self.engine.pause(event.request)
-            self._ring(self._due([event.request for event in events]))
-
-    def _due(self, requests: Sequence[int]) -> Sequence[int]:
-        """Which of these, and of those held before, are to be woken for now."""
-        if not self._gather:
-            return requests
-        now, wait = time.monotonic(), self._gather * len(self._open)
-        due = []
-        for request in self._held.union(requests):
-            if request not in self._open or request in self._pausing:
-                self._rung.pop(request, None)
-            elif now - self._rung.get(request, -wait) < wait:
-                self._held.add(request)
-                continue
-            else:
-                self._rung[request] = now
-            self._held.discard(request)
-            due.append(request)
-        return due
+            self._ring([event.request for event in events])
 
     def _abandon(self, cause: Exception) -> bool:
         """A step failed: end all requests there are. False where there was none."""

@@ -37,7 +37,6 @@ MIN_ANSWER_TOKENS = 16  # room that must be left
 MOST_ROWS = 64  # answers that are written in one batch
 CLOSE_S = 30.0  # is waited for a step, then the engine is left behind
 UNREAD = 64  # tokens that are drawn ahead of a reader that lags behind
-GATHER_S = 0.002  # times the open answers: how often each is told of its tokens; 16 times a second where there are 32
 SLOW = 5e9  # operations a second that every machine makes on which a model is worth serving
 SIDE_BRANCHES = frozenset({"reward"})  # parents that judged, and wrote none of the weights
 
@@ -70,7 +69,7 @@ def load_assistant(
     for note in chat.notes:
         print(f"note: {note}", file=sys.stderr)
     about = About(lineage.name, stages_of(model_dir, lineage), lineage.id)
-    return LoadedAssistant(EngineLoop(engine, unread=UNREAD, gather=GATHER_S), chat, about)
+    return LoadedAssistant(EngineLoop(engine, unread=UNREAD), chat, about)
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,8 @@ class Job:
     stops: list[Stop]
     pieces: Pieces[Streamed | Answer]
 
-    def bursts(self) -> AsyncIterator[list[tuple[int, Streamed | Answer]]]:
-        """(Which answer, what came of it) as it comes, all that has come together."""
-        return self.pieces.bursts()
+    def __aiter__(self) -> AsyncIterator[tuple[int, Streamed | Answer]]:
+        return self.pieces.__aiter__()
 
 
 class Visit:

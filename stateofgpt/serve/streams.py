@@ -88,29 +88,14 @@ class Pieces(Generic[T]):
             threading.Thread(target=self._work, args=(index, source), daemon=True, name="answer").start()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, T]]:
-        async for burst in self.bursts():
-            for found in burst:
-                yield found
-
-    async def bursts(self) -> AsyncIterator[list[tuple[int, T]]]:
-        """The same, all that has come together; at least one piece each."""
         while (piece := await self._queue.get()) is not None:
-            burst: list[tuple[int, T]] = []
-            while piece is not None and piece.error is None:
-                burst.append((piece.index, piece.value))
-                if self._queue.empty():
-                    break
-                piece = self._queue.get_nowait()
             with self._read:
-                self._room += len(burst)
-                if 0 < self._room <= len(burst):
+                self._room += 1
+                if self._room == 1:
                     self._read.notify()
-            if burst:
-                yield burst
-            if piece is None:
-                return
             if piece.error is not None:
                 raise piece.error
+            yield piece.index, piece.value
 
     def _work(self, index: int, source: Iterator[T]) -> None:
         try:

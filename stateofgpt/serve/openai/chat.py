@@ -97,34 +97,17 @@ def chat_sources(model: LoadedAssistant, asked: ChatRequest, tenant: str) -> lis
 
 
 async def deltas(job: Job, choices: list[Choice]) -> AsyncIterator[tuple[int, Delta]]:
-    """What is new, by answer, texts that came together in one; ends with BrokenAnswer where an answer could not be
-    finished."""
-    async for burst in job.bursts():
-        waiting: tuple[int, Delta] | None = None
-        broken = None
-        for index, piece in burst:
-            for delta in choices[index].hear(piece):
-                if waiting is not None and waiting[0] == index and waiting[1].plain and delta.plain:
-                    waiting = index, waiting[1].and_then(delta)
-                    continue
-                if waiting is not None:
-                    yield waiting
-                waiting = index, delta
-            if choices[index].over:
-                job.stops[index].set()
-            if isinstance(piece, Answer) and (broken := _broken(piece, choices[index])) is not None:
-                break
-        if waiting is not None:
-            yield waiting
-        if broken is not None:
-            raise broken
-
-
-def _broken(answer: Answer, choice: Choice) -> BrokenAnswer | None:
-    """Why an answer that has ended is not complete, if it is not."""
-    if answer.error is not None:
-        return BrokenAnswer(sentence(answer.error), 503 if isinstance(answer.error, EngineDied) else 500)
-    return BrokenAnswer(STOPPING, 503) if choice.finish is None else None
+    """What is new, by answer; ends with BrokenAnswer where one could not be finished."""
+    async for index, piece in job:
+        for delta in choices[index].hear(piece):
+            yield index, delta
+        if choices[index].over:
+            job.stops[index].set()
+        if isinstance(piece, Answer):
+            if piece.error is not None:
+                raise BrokenAnswer(sentence(piece.error), 503 if isinstance(piece.error, EngineDied) else 500)
+            if choices[index].finish is None:
+                raise BrokenAnswer(STOPPING, 503)
 
 
 class BrokenAnswer(Exception):

@@ -30,15 +30,6 @@ class Delta:
     call: CallDelta | None = None
     finish: str | None = None
 
-    @property
-    def plain(self) -> bool:
-        """Whether it is text and nothing else."""
-        return self.call is None and self.finish is None
-
-    def and_then(self, more: Delta) -> Delta:
-        """Two that are text in one."""
-        return Delta(self.text + more.text, self.drawn + more.drawn)
-
 
 class Choice:
     """One answer as it is heard: cuts it at stop strings, and gathers what there is of it."""
