@@ -237,15 +237,16 @@ def test_too_little_time_is_told_with_the_time_that_is_needed(climbed: Path, mon
     monkeypatch.setattr(ladder, "choose_way", lambda *a: ("float32", False))
     with pytest.raises(ConfigError, match="10 seconds are too few for these 3 sizes on this machine, which need 47"):
         ladder._plan(ladder.Config(seconds=10.0, sizes=ladder.Config().sizes), 320, 1)
-    seconds = {"64x2": 0.1, "128x3": 0.1, "192x4": 0.1, "256x5": 9.0}
+    seconds = {"64x2": 0.1, "128x2": 0.2, "128x4": 0.4, "192x5": 9.0}
     monkeypatch.setattr(
         ladder, "measure_step", lambda made, *a, **k: seconds[f"{made.hidden_size}x{made.num_hidden_layers}"]
     )
-    assert ladder._plan(ladder.Config(seconds=200.0), 320, 1)["sizes"] == ["64x2", "128x3", "192x4"]
-    monkeypatch.setattr(ladder, "measure_step", lambda *a, **k: 0.1)
-    steps = ladder._plan(ladder.Config(seconds=200.0), 320, 1)["steps"]
+    made = ladder._plan(ladder.Config(seconds=300.0), 320, 1)
+    assert made["sizes"] == ["64x2", "128x2", "128x4"]  # the largest would have fewer than 20
     looks = 0.7 * 2048 / 2048 * 3
-    assert 4 * 0.1 * (7 * steps + looks) <= 200 * 0.92 < 4 * 0.1 * (7 * (steps + 1) + looks)
+    for size in made["sizes"]:  # each a third of the time
+        assert seconds[size] * (7 * made["steps"][size] + looks) <= 100 * 0.92
+        assert seconds[size] * (7 * (made["steps"][size] + 1) + looks) > 100 * 0.92
 
 
 def test_the_verb_refuses_an_unknown_setting_and_a_missing_corpus(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,16 +91,16 @@ def _law(rungs: Sequence[dict[str, Any]], sizes: Sequence[str], law: ChinchillaL
         dots = [(float(rung["tokens"]), float(rung["loss"])) for rung in own]
         by_tokens.append(Series("", dots, _colour(sizes, size), dots=True))
     by_size: list[Series] = []
-    for place, tokens in enumerate(sorted({rung["tokens"] for rung in rungs})):
-        own = [rung for rung in rungs if rung["tokens"] == tokens]
-        span = _between([rung["n_params"] for rung in own])
-        colour = f"c-{place % 8 + 1}"
-        by_size.append(Series(short(tokens), [(n, law.loss(n, tokens)) for n in span], colour))
+    of_size = [sorted((r for r in rungs if r["size"] == size), key=lambda r: r["tokens"]) for size in sizes]
+    for place, own in enumerate(zip(*of_size, strict=True)):
+        colour, parts = f"c-{place % 8 + 1}", round(own[0]["tokens"] / of_size[0][0]["tokens"])
+        fitted = [(float(rung["n_params"]), float(rung["fitted"])) for rung in own]
+        by_size.append(Series(f"{parts} part{'s' if parts > 1 else ''} of tokens", fitted, colour))
         dots = [(float(rung["n_params"]), float(rung["loss"])) for rung in own]
         by_size.append(Series("", dots, colour, dots=True))
     charts = [
         line_chart(by_tokens, title="Held-out loss by tokens, a line a size", x_name="tokens", log_x=True),
-        line_chart(by_size, title="Held-out loss by size, a line a number of tokens", x_name="parameters", log_x=True),
+        line_chart(by_size, title="Held-out loss by size, a line a rung", x_name="parameters", log_x=True),
     ]
     finding = (
         f"The loss of N parameters after D tokens is near {law.irreducible:.3g} + {law.a_scale:.3g} / N^{law.a:.2f} + "

@@ -35,14 +35,13 @@ MOST_EPOCHS = 4.0
 
 @dataclass(frozen=True)
 class Config:
-    """`sizes` are width x layers, growing together: in a hundred steps depth alone shows little (64x1 and 64x4 ended
-    within 2 % of each other, 128x2 14 % lower), so sizes that differ only in it follow no law of N. Each is
-    trained for `steps` x each of `multiples`. With `seconds` the steps are what fits; where too few would, the largest
-    sizes are left out, down to three."""
+    """`sizes` are width x layers, such as the dial chooses among. Each is trained for `steps` x each of `multiples`.
+    With `seconds` every size has the same time, and as many steps as that gives; where the largest would have too few,
+    it is left out, and so on down to three."""
 
     seconds: float | None = 240.0
     steps: int | None = None
-    sizes: tuple[str, ...] = ("64x2", "128x3", "192x4", "256x5")
+    sizes: tuple[str, ...] = ("64x2", "128x2", "128x4", "192x5")
     multiples: tuple[int, ...] = (1, 2, 4)
     context: int = 256
     rows: int = 8
@@ -85,7 +84,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         vocab = -(-tokenizer.vocab_size // 64) * 64
         shards = Shards.open(run.stage("tokenize").dir)
         plan = stage.decide("plan", lambda: _plan(config, vocab, len(shards.sources)))
-        rungs = [Rung(size, plan["steps"] * k) for size in plan["sizes"] for k in config.multiples]
+        rungs = [Rung(size, plan["steps"][size] * k) for size in plan["sizes"] for k in config.multiples]
         results = {rung: _train(config, run, rung, plan) for rung in rungs}
         result = _result(config, run, vocab, results)
         write_json(run.root / LADDER, result)
@@ -99,14 +98,20 @@ def _shape(size: str, vocab: int, context: int) -> GPTConfig:
 
 
 def _plan(config: Config, vocab: int, n_sources: int) -> dict[str, Any]:
-    """Precision, and the steps of the shortest rung so that all of them fit the time."""
+    """Precision, and the steps of each size's shortest rung so that all of them fit the time.
+
+    Equal time, not equal tokens: what the law will be asked is which size is best after a time, and so each time is a
+    row of sizes on both sides of the best one. With equal tokens the small sizes had next to none, and a large one's
+    were those of the best size at ten times the budget.
+    """
     if config.dtype == "auto":
         dtype, fused = choose_way(vocab, config.context)
     else:
         dtype, fused = config.dtype, can_fuse()
     way = {"dtype": dtype, "fused": fused}
     if config.steps is not None:
-        return {**way, "sizes": list(config.sizes), "steps": config.steps, "step_seconds": {}}
+        steps = dict.fromkeys(config.sizes, config.steps)
+        return {**way, "sizes": list(config.sizes), "steps": steps, "step_seconds": {}}
     assert config.seconds is not None
     seconds = {
         size: measure_step(
@@ -117,13 +122,13 @@ def _plan(config: Config, vocab: int, n_sources: int) -> dict[str, Any]:
     looks = HELD_OUT_COST * n_sources * config.eval_tokens / (config.rows * config.context) * len(config.multiples)
     sizes = sorted(config.sizes, key=lambda size: seconds[size])
     while True:
-        total = sum(seconds[size] for size in sizes)
-        steps = int((config.seconds * (1 - SPARE) / total - looks) / sum(config.multiples))
-        if steps >= FEWEST_STEPS or len(sizes) == FEWEST_VALUES:
+        each = config.seconds * (1 - SPARE) / len(sizes)
+        steps = {size: int((each / seconds[size] - looks) / sum(config.multiples)) for size in sizes}
+        if steps[sizes[-1]] >= FEWEST_STEPS or len(sizes) == FEWEST_VALUES:
             break
         sizes.pop()
-    if steps < FEWEST_STEPS:
-        needed = total * (FEWEST_STEPS * sum(config.multiples) + looks) / (1 - SPARE)
+    if steps[sizes[-1]] < FEWEST_STEPS:
+        needed = len(sizes) * seconds[sizes[-1]] * (FEWEST_STEPS * sum(config.multiples) + looks) / (1 - SPARE)
         raise ConfigError(
             f"{config.seconds:.0f} seconds are too few for these {len(sizes)} sizes on this machine, which need "
             f"{math.ceil(needed)}; give more minutes, or smaller --ladder.sizes"
