@@ -19,3 +19,11 @@ def debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = sog("run", "debug", "--out", run)
     assert made.returncode == 0, made.stderr
     return run
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Torch asks once in a process, at its first gradient, which devices there are: the twin must be there before."""
+    if any("twin" in getattr(item, "fixturenames", ()) for item in session.items):
+        from twin_device import install
+
+        install()

@@ -18,7 +18,7 @@ from stateofgpt.errors import ConfigError, RunError
 from stateofgpt.recipes.ladder import Ladder, make
 from stateofgpt.report.ladder import build
 from stateofgpt.run import Run
-from stateofgpt.stages import collect, ladder, pretrain, tokenize
+from stateofgpt.stages import collect, decision, ladder, pretrain, tokenize
 from stateofgpt.train.law_file import LADDER, choose_law, read_law
 from stateofgpt.train.scaling import EPOCH, ChinchillaLaw
 
@@ -202,7 +202,7 @@ def test_the_pretrain_stage_goes_by_the_law_beside_its_run_and_records_it(
         asked.append(law)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "choose", choose)
+    monkeypatch.setattr(decision, "choose", choose)
     mine = written(climbed.parent / "ladder" / "other.json", vocab=320, context=32)
     with Run.open(climbed.parent / "run", "laptop", {}, 0) as run:
         collect.run(tiny(text).collect, run)

@@ -163,7 +163,7 @@ def test_the_sizes_beside_are_the_next_smaller_ones(width: int, layers: int, bes
 
 
 def test_the_steps_of_all_sizes_together_fit_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    def seconds(model: GPTConfig, dtype: str, *, rows: int, context: int, fused: bool) -> float:
+    def seconds(model: GPTConfig, dtype: str, *, rows: int, context: int, fused: bool, device: str) -> float:
         return model.num_hidden_layers / 100
 
     class Clock:

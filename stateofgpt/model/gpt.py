@@ -248,8 +248,9 @@ class Trunk(nn.Module):
             raise ConfigError(f"{T} tokens do not fit a context of {self.cos.shape[0]}")
         if self.embed_positions is not None:
             x = x + (self.embed_positions.weight[:T] if positions is None else self.embed_positions(positions))
-        if torch.is_autocast_enabled("cpu"):
-            x = x.to(torch.get_autocast_dtype("cpu"))
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
         if positions is None:
             cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
         else:  # [B, 1, T, D]

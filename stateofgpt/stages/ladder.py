@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from stateofgpt.data.shards import Shards
 from stateofgpt.errors import ConfigError
+from stateofgpt.model.device import CPU
 from stateofgpt.model.gpt import GPTConfig
 from stateofgpt.run import Run, write_json
 from stateofgpt.stages import pretrain
@@ -151,6 +152,7 @@ def _train(config: Config, run: Run, rung: Rung, plan: dict[str, Any]) -> dict[s
         sample_at=(),
         eval_at=(1.0,),
         eval_tokens=config.eval_tokens,
+        device=CPU,  # where the plan was measured
     )
     with stage.timed():
         return stage.result() or pretrain.train(made, run, stage)

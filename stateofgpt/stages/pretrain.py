@@ -7,7 +7,7 @@ loop, the optimizer and the order of data live elsewhere.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,19 +19,20 @@ from stateofgpt.data.shards import Shards
 from stateofgpt.errors import ConfigError
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import save_checkpoint
+from stateofgpt.model.device import CPU, wait
 from stateofgpt.model.form import Form
 from stateofgpt.model.gpt import GPT, Arch, GPTConfig
 from stateofgpt.model.lora import is_factor
 from stateofgpt.run import Run, Stage
+from stateofgpt.stages.decision import plan_for, plan_new, planned_device
 from stateofgpt.stages.held_out import held_out
 from stateofgpt.stages.parent import begin_from
 from stateofgpt.stages.way import decide_engine
 from stateofgpt.text.tokenizer import Tokenizer
-from stateofgpt.train import fused, repeats
-from stateofgpt.train.dial import COMPILE_SECONDS, can_compile, can_fuse, choose, fastest_dtype, timed_steps
-from stateofgpt.train.law_file import LADDER, choose_law
+from stateofgpt.train import repeats
+from stateofgpt.train.dial import timed_steps
 from stateofgpt.train.loop import LoopConfig, Trainer, fit
-from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
+from stateofgpt.train.loss import Batch, LanguageModelLoss
 from stateofgpt.train.ramp import Cuts, Ramp, seconds_per_batch
 from stateofgpt.train.schedule import warmup_stable_decay
 from stateofgpt.train.state import TrainState
@@ -83,6 +84,7 @@ class Config:
     ramp: tuple[float, float] | None = None  # (share of a batch to begin with, share of the rows until it is whole)
     fewest_layers: int | None = None  # the dial takes no model with fewer
     repeat_decay: float | None = None  # most by which weight decay grows where text repeats; None: 300; 1: it stays
+    device: str | None = None  # as torch names it; None: cuda where there is one, else cpu
 
     def __post_init__(self) -> None:
         if (self.seconds is None) == (self.steps is None):
@@ -140,7 +142,7 @@ class _Pretraining:
     def __init__(self, config: Config, run: Run, stage: Stage) -> None:
         self.config, self.run, self.stage = config, run, stage
         self.parent = None if config.parent is None else Path(config.parent)
-        self.context = config.context
+        self.rows, self.context = config.rows, config.context
         folder = run.stage("tokenize").dir
         self.tokenizer = Tokenizer.load(folder)
         self.shards = Shards.open(folder)
@@ -154,10 +156,12 @@ class _Pretraining:
             model.init_weights(torch.Generator().manual_seed(self.run.seed))
         else:
             model = begin_from(self.parent, self.stage, self.config.lora, self.run.seed)
-            plan = self.stage.decide("plan", lambda: self._plan_for(model))
-        loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"])
-        rows, context = self.config.rows, plan.get("context", self.config.context)
-        self.context = context
+            plan = self.stage.decide("plan", lambda: plan_for(self.config, model))
+        device = planned_device(plan)
+        model.to(device)
+        loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"], device)
+        rows, context = plan.get("rows", self.config.rows), plan.get("context", self.config.context)
+        self.rows, self.context = rows, context
         whole = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss)})["steps"]
         cuts = Cuts(whole, rows, self.config.growing())
         batches = PretrainBatches(self.shards, self.weights, rows, context, self.run.seed, whole * rows)
@@ -190,50 +194,7 @@ class _Pretraining:
         return replace(self.config.loop, optim=replace(optim, weight_decay=optim.weight_decay * times))
 
     def _plan(self) -> dict[str, Any]:
-        c = self.config
-        vocab = -(-self.tokenizer.vocab_size // 64) * 64
-        if c.width is not None and c.layers is not None:
-            dtype: Dtype = "float32" if c.dtype == "auto" else c.dtype
-            return {
-                "model": asdict(c.form().shape(c.width, c.layers, vocab, c.context)),
-                "dtype": dtype,
-                "compiled": bool(c.compiled),
-                "fused": (can_fuse() and not c.compiled) if c.fused is None else c.fused,
-                "rates": {},
-            }
-        if c.seconds is None:
-            raise ConfigError("pretrain without seconds needs both width and layers")
-        law, told = choose_law(c.law, self.run.root.parent / "ladder" / LADDER, vocab, c.context)
-        deep = c.fewest_layers or 1
-        choice = choose(vocab, c.context, c.seconds, rows=c.rows, law=law, form=c.form(), fewest_layers=deep)
-        return {
-            "model": asdict(choice.config),
-            "dtype": choice.dtype if c.dtype == "auto" else c.dtype,
-            "compiled": choice.compiled if c.compiled is None else c.compiled,
-            "fused": (choice.fused and not c.compiled) if c.fused is None else c.fused,
-            "rates": choice.rates,
-            "law": told,
-        }
-
-    def _plan_for(self, model: GPT) -> dict[str, Any]:
-        """The same for a model that is there: precision and compilation, and how much of its context a row uses."""
-        c, shape_of = self.config, model.config
-        context = min(c.context, shape_of.max_position_embeddings)
-        fits = fused.fits(model, torch.zeros(c.rows, context, dtype=torch.int64))
-        dtype: Dtype = "float32" if c.dtype == "auto" else c.dtype
-        if c.dtype == "auto" and c.seconds is not None:
-            dtype = fastest_dtype(shape_of.vocab_size, context, fused=fits and can_fuse())
-        compiled = c.compiled
-        if compiled is None:
-            compiled = c.seconds is not None and not fits and can_compile() and c.seconds > 3 * COMPILE_SECONDS
-        return {
-            "model": asdict(shape_of),
-            "dtype": dtype,
-            "compiled": compiled,
-            "fused": (can_fuse() and not compiled) if c.fused is None else c.fused,
-            "rates": {},
-            "context": context,
-        }
+        return plan_new(self.config, self.tokenizer.vocab_size, self.run.root)
 
     def _steps(self, model: GPT, loss: LanguageModelLoss) -> int:
         """Whole batches that fit what is left of the budget, from the measured time of steps on this machine."""
@@ -243,12 +204,17 @@ class _Pretraining:
         assert c.seconds is not None
         seconds = c.seconds
 
+        device = model.lm_head.weight.device
+
         def forward_backward(rows: int) -> float:
             ids = torch.zeros(rows, self.context, dtype=torch.int64)
-            batch = Batch(ids, ids, torch.ones(rows, self.context))
+            apart = device.type != CPU and self.begins is not None  # what is compiled must be what training needs
+            firsts = torch.zeros(rows, self.context, dtype=torch.int32) if apart else None
+            batch = Batch(ids, ids, torch.ones(rows, self.context), firsts).to(device)
             return timed_steps(lambda: loss(model, batch), model, 9, MEASURING * seconds)
 
-        copy = GPT(model.config)
+        with device:
+            copy = GPT(model.config)
         trainer = Trainer(copy, c.loop, loss.kernels)
         for p in copy.parameters():
             p.grad = torch.zeros_like(p)
@@ -256,9 +222,10 @@ class _Pretraining:
         start, n = time.perf_counter(), 0
         while n == 0 or (n < 3 and time.perf_counter() - start < MEASURING * c.seconds):
             trainer.optimizer.step(0.0)
+            wait(device)
             n += 1
         optimizing = (time.perf_counter() - start) / n
-        batch_seconds = seconds_per_batch(lambda rows: forward_backward(rows) + optimizing, c.rows, c.growing())
+        batch_seconds = seconds_per_batch(lambda rows: forward_backward(rows) + optimizing, self.rows, c.growing())
         start = time.perf_counter()
         self.evaluate(copy, c.eval_tokens // 4)
         looks = (time.perf_counter() - start) * (6 + len(c.eval_at)) + 0.5 * len(c.sample_at)

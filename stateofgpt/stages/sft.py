@@ -26,8 +26,10 @@ from stateofgpt.data.packing import Packed, Packer
 from stateofgpt.data.skills import demonstrate, problem
 from stateofgpt.errors import ConfigError, DataError
 from stateofgpt.model.checkpoint import load_model, save_checkpoint
+from stateofgpt.model.device import wait
 from stateofgpt.model.gpt import GPT
 from stateofgpt.run import Run, Stage
+from stateofgpt.stages.decision import planned_device
 from stateofgpt.stages.parent import trained
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
@@ -113,27 +115,31 @@ class _Finetuning:
 
     def work(self) -> dict[str, Any]:
         plan = self.run.stage("pretrain").decide("plan", dict)
-        model = trained(load_model(self.base), self.config.lora, self.run.seed)
+        device = planned_device(plan)
+        model = trained(load_model(self.base), self.config.lora, self.run.seed).to(device)
         context = plan.get("context", model.config.max_position_embeddings)
         packer = self._packer(self.draws, self.config.rows, context)
         held_out = self._packer(self.draws.held_out, self.config.validation_rows, context).step(0)
-        loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"])
+        loss = LanguageModelLoss(plan["dtype"], plan["compiled"], plan["fused"], device)
         steps = self.stage.decide("steps", lambda: {"steps": self._steps(model, loss, packer, held_out)})["steps"]
         trainer = Trainer(model, self.config.loop, loss.kernels)
         counts = {"conversations": 0, "truncated": 0}
+        packed_at: dict[int, Packed] = {}  # batches may be made before their step
 
         def batches(step: int) -> list[Batch]:
-            packed = packer.step(step)
-            counts["conversations"] += packed.conversations
-            counts["truncated"] += packed.truncated
-            return [self._batch(packed)]
+            packed_at[step] = packer.step(step)
+            return [self._batch(packed_at[step])]
 
         def resume(step: int) -> None:
             self.stage.truncate_metrics(step)
-            for line in self.stage.metrics()[-1:]:  # what the steps before had packed
-                counts.update({name: int(line[name]) for name in counts})
+            before = self.stage.metrics()  # the last line says what the steps before had packed
+            counts.update({name: int(before[-1][name]) if before else 0 for name in counts})
 
         def log(step: int, metrics: dict[str, float]) -> None:
+            if step:
+                packed = packed_at.pop(step - 1)
+                counts["conversations"] += packed.conversations
+                counts["truncated"] += packed.truncated
             at = {round(x * steps / LOOKS) for x in range(LOOKS + 1)}
             extra = {"val_loss": self._validate(model, held_out)} if step in at else {}
             if metrics or extra:
@@ -171,6 +177,7 @@ class _Finetuning:
         start = time.perf_counter()
         for step in (1, 2, 3):
             trainer.step([self._batch(packer.step(step))], loss, 0.0)
+        wait(model.lm_head.weight.device)
         seconds = (time.perf_counter() - start) / 3
         with torch.no_grad():
             for name, p in model.named_parameters():

@@ -15,15 +15,18 @@ import torch
 
 from stateofgpt.config import from_dict
 from stateofgpt.errors import ConfigError
+from stateofgpt.model.device import CPU
 from stateofgpt.model.form import USUAL, Form
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.run import Run, Stage
 from stateofgpt.stages import pretrain
 from stateofgpt.stages.collect import documents_of
-from stateofgpt.train.dial import COMPILE_GAIN, COMPILE_SECONDS, SHAPES, measure_step
+from stateofgpt.stages.decision import planned_device
+from stateofgpt.train import dial, dial_gpu
+from stateofgpt.train.dial import measure_step
 from stateofgpt.train.ramp import seconds_per_batch
 
-ALL_SHAPES = ((64, 1), *SHAPES)
+ALL_SHAPES = ((64, 1), *dial_gpu.SHAPES)
 CLEARLY_SMALLER = 0.7  # of the parameters
 LARGEST_SHARE = 0.6  # of the time, for the size the dial chooses; the steps are then what fits all sizes
 FEWEST_STEPS = 20
@@ -46,6 +49,7 @@ def run(config: pretrain.Config, run: Run) -> dict[str, Any]:
             texts = stage.decide("prompts", lambda: {"texts": _beginnings(run)})["texts"]
             config = replace(config, prompts=tuple(texts))
         plan = stage.decide("plan", lambda: _plan(config, run))
+        config = replace(config, rows=plan.get("rows", config.rows))  # all sizes read the same batches
         model = from_dict(GPTConfig, plan["model"])
         smaller = _smaller(model, beside, config.form())
         steps = stage.decide("steps", lambda: {"steps": _steps(config, plan, [*smaller, model], stage)})["steps"]
@@ -53,7 +57,7 @@ def run(config: pretrain.Config, run: Run) -> dict[str, Any]:
             width, layers = made.hidden_size, made.num_hidden_layers
             of_this = replace(
                 config, seconds=None, steps=steps, width=width, layers=layers, dtype=plan["dtype"], compiled=False,
-                fused=plan["fused"],
+                fused=plan["fused"], device=plan.get("device", CPU),
             )  # fmt: skip
             folder = run.inside(f"pretrain/{width}x{layers}")
             with folder.timed():
@@ -85,17 +89,18 @@ def _steps(config: pretrain.Config, plan: dict[str, Any], models: list[GPTConfig
     if config.steps is not None:
         return config.steps
     assert config.seconds is not None
-    rows, context = config.rows, config.context
+    rows, context, device = config.rows, config.context, planned_device(plan)
 
     def seconds(model: GPTConfig, rows: int) -> float:
-        return measure_step(model, plan["dtype"], rows=rows, context=context, fused=plan["fused"])
+        return measure_step(model, plan["dtype"], rows=rows, context=context, fused=plan["fused"], device=device)
 
     each = [seconds_per_batch(partial(seconds, model), rows, config.growing()) for model in models]
     looks = sum(each) * LOOKS * config.eval_tokens / 8192
     left = config.seconds * (1 - SPARE) - stage.seconds() - looks - SAMPLE_SECONDS * len(config.sample_at) * len(models)
     if plan["compiled"]:
-        each[-1] /= COMPILE_GAIN
-        left -= COMPILE_SECONDS
+        costs = dial if device == CPU else dial_gpu
+        each[-1] /= costs.COMPILE_GAIN
+        left -= costs.COMPILE_SECONDS
     return max(FEWEST_STEPS, int(left / sum(each)))
 
 

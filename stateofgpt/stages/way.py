@@ -10,15 +10,20 @@ from stateofgpt.config import from_dict
 from stateofgpt.infer.forward import load
 from stateofgpt.model.device import CPU
 from stateofgpt.run import Run
+from stateofgpt.stages.decision import planned_device
 from stateofgpt.train.loss import Way
 
 
 def way_of(run: Run) -> Way:
-    """What pretraining decided; a round of feedback has none of its own and carries it in its configuration."""
+    """What pretraining decided; a round of feedback has none of its own and carries it in its configuration.
+
+    Raises RunError where this machine has no such device.
+    """
     if (kept := run.config.get("way")) is not None:
+        planned_device(kept)
         return from_dict(Way, kept)
     plan = run.stage("pretrain").decide("plan", dict)
-    return Way(plan["dtype"], plan["fused"], is_native(run), plan.get("device", CPU))
+    return Way(plan["dtype"], plan["fused"], is_native(run), planned_device(plan))
 
 
 def is_native(run: Run) -> bool:

@@ -45,4 +45,5 @@ class TailAverage:
     def load(self, tensors: Mapping[str, Tensor], count: int) -> None:
         """Take over what `tensors` and `count` were."""
         self.count = count
-        self._mean = {name: tensors[PREFIX + name].clone() for name in self._weights} if count else {}
+        here = self._weights.items() if count else ()
+        self._mean = {name: tensors[PREFIX + name].to(weight.device, copy=True) for name, weight in here}

@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from shutil import which
 from statistics import median
@@ -17,6 +17,7 @@ from statistics import median
 import torch
 
 from stateofgpt.errors import ConfigError
+from stateofgpt.model.device import CPU, in_order, wait
 from stateofgpt.model.form import USUAL, Form
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.train import kernels
@@ -64,13 +65,21 @@ def measure_rate(
 
 
 def measure_step(
-    config: GPTConfig, dtype: Dtype, *, rows: int, context: int, repeats: int = 3, fused: bool = False
+    config: GPTConfig,
+    dtype: Dtype,
+    *,
+    rows: int,
+    context: int,
+    repeats: int = 3,
+    fused: bool = False,
+    device: str = CPU,
 ) -> float:
     """Median seconds of a whole training step, the optimizer's part included, not compiled, on random tokens."""
     generator = torch.Generator().manual_seed(0)
     model = GPT(config)
     model.init_weights(generator)
-    loss = LanguageModelLoss(dtype, fused=fused)
+    model.to(device)
+    loss = LanguageModelLoss(dtype, fused=fused, device=device)
     trainer = Trainer(model, LoopConfig(), loss.kernels)
     ids = torch.randint(0, config.vocab_size, (rows, context + 1), generator=generator)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(rows, context))
@@ -78,6 +87,7 @@ def measure_step(
     for _ in range(repeats + 1):  # the first also allocates
         start = time.perf_counter()
         trainer.step([batch], loss, 0.0)
+        wait(device)
         times.append(time.perf_counter() - start)
     return median(times[1:])
 
@@ -90,9 +100,12 @@ def timed_steps(
     No repetition begins after `within` seconds, but one is always made.
     """
     times: list[float] = []
+    device = next(model.parameters()).device
     while len(times) < 2 or (len(times) <= repeats and sum(times) < within):
         start = time.perf_counter()
-        loss().backward()
+        with in_order(device):  # as a step does
+            loss().backward()
+        wait(device)
         times.append(time.perf_counter() - start)
         for p in model.parameters():
             p.grad = None
@@ -131,6 +144,17 @@ def tokens_within(seconds: float, rate: float, compiled: bool) -> float:
     return max(1.0, rate * ((seconds - COMPILE_SECONDS) * COMPILE_GAIN if compiled else seconds))
 
 
+def shapes_of(shapes: Sequence[tuple[int, int]], form: Form, fewest_layers: int) -> list[tuple[int, int]]:
+    """Those (width, layers) that this form has and that are deep enough. ConfigError where there are none."""
+    fitting = [(width, layers) for width, layers in shapes if not form.misfit(width)]
+    if not fitting:
+        raise ConfigError(f"{form.misfit(shapes[0][0])}; so it is with every width the dial knows")
+    deep = [(width, layers) for width, layers in fitting if layers >= fewest_layers]
+    if not deep:
+        raise ConfigError(f"fewest_layers is {fewest_layers}, and the dial knows none deeper than {fitting[-1][1]}")
+    return deep
+
+
 def choose(
     vocab_size: int,
     context: int,
@@ -147,12 +171,7 @@ def choose(
     that of `law` (Chinchilla's with Epoch AI's constants, arXiv 2404.10102, where no other is measured) at the tokens
     that the rate allows. Where the fused pass does not know the form, its kernels still serve the optimizer.
     """
-    shapes = [(width, layers) for width, layers in SHAPES if not form.misfit(width)]
-    if not shapes:
-        raise ConfigError(f"{form.misfit(SHAPES[0][0])}; so it is with every width the dial knows")
-    deep = [(width, layers) for width, layers in shapes if layers >= fewest_layers]
-    if not deep:
-        raise ConfigError(f"fewest_layers is {fewest_layers}, and the dial knows none deeper than {shapes[-1][1]}")
+    deep = shapes_of(SHAPES, form, fewest_layers)
     dtype, fused = choose_way(vocab_size, context, form)
     compiled = not fused and can_compile() and seconds > 3 * COMPILE_SECONDS
     rates: dict[str, float] = {}

@@ -8,16 +8,18 @@ bit.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from stateofgpt.errors import ConfigError, ModelError
+from stateofgpt.model.device import in_order
 from stateofgpt.train.average import TailAverage
 from stateofgpt.train.guard import SpikeConfig, SpikeGuard
 from stateofgpt.train.kernels import Kernels
@@ -33,6 +35,13 @@ class Weighted(Protocol):
     def weight(self) -> float: ...
 
 
+@runtime_checkable
+class Movable(Weighted, Protocol):
+    """A batch that can go to a device."""
+
+    def to(self, device: torch.device) -> Weighted: ...
+
+
 Loss = Callable[[Any, Any], Tensor]  # (model, batch) -> loss summed over the batch's targets
 
 
@@ -45,6 +54,7 @@ class LoopConfig:
     save_every_s: float = 30.0
     average_share: float = 0.0  # the last share of the steps whose weights are averaged; 0 keeps the last ones
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    exact: bool | None = None  # on a GPU: add in one order, so that a resumed run has the same bits; None: yes
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.average_share <= 1.0:
@@ -65,6 +75,8 @@ class Trainer:
         if not self.optimizer.params:
             raise ModelError("the model has no parameter that takes a gradient, so there is nothing to train")
         self._dropout = any(isinstance(m, nn.Dropout) and m.p > 0.0 for m in model.modules())
+        self.device = next(iter(self.optimizer.params.values())).device
+        self.exact = config.exact is not False
 
     def step(
         self,
@@ -72,21 +84,17 @@ class Trainer:
         loss: Loss,
         factor: float,
         refuse: Callable[[float, float], bool] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
         """One optimizer step on the mean loss over all targets of `batches`; learning rates times `factor`.
 
         Nothing is changed where `refuse(loss, gradient norm)` says so; the metrics then have `refused`. Raises
-        ModelError before any weight has changed when the loss or the gradient is not finite.
+        ModelError before any weight has changed when the loss or the gradient is not finite. `meanwhile` is called when
+        all is asked of the device and nothing was waited for: what it does costs no time there.
         """
-        self.optimizer.zero_grad()
-        total_weight = max(1.0, sum(batch.weight for batch in batches))
-        total = 0.0
-        with self._own_randomness():
-            for batch in batches:
-                value = loss(self.model, batch) / total_weight
-                value.backward()
-                total += value.item()
-        norm = self.gradient_norm()
+        summed, gradient = self._in_order(batches, loss)
+        meanwhile()
+        total, norm = torch.stack((summed, gradient)).cpu().tolist()  # the one time that a step waits for its device
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise ModelError(
                 f"the loss is {total} and the gradient norm {norm} at optimizer step {self.optimizer.step_count}; "
@@ -98,6 +106,32 @@ class Trainer:
         self.optimizer.step(factor, min(1.0, self.config.clip / (norm + 1e-6)))
         return metrics
 
+    def _in_order(self, batches: Sequence[Weighted], loss: Loss) -> tuple[Tensor, Tensor]:
+        """`_gradients`, added up in one order where the device can do all that the loss needs in one."""
+        try:
+            with in_order(self.device, self.exact):
+                return self._gradients(batches, loss)
+        except RuntimeError as failure:
+            if "deterministic" not in str(failure) or not self.exact:
+                raise
+            self.exact = False
+            told = str(failure).splitlines()[0]
+            print(f"note: training goes on without a fixed order of sums on {self.device}: {told}", file=sys.stderr)
+        return self._gradients(batches, loss)
+
+    def _gradients(self, batches: Sequence[Weighted], loss: Loss) -> tuple[Tensor, Tensor]:
+        """The mean loss and the joint norm of its gradients, which are in `.grad`: two numbers on the device."""
+        self.optimizer.zero_grad()
+        total_weight = max(1.0, sum(batch.weight for batch in batches))
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with self._own_randomness():
+            for batch in batches:
+                value = loss(self.model, batch) / total_weight
+                value.backward()
+                total += value.detach()
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return total, torch.nn.utils.get_total_norm(grads).to(total)
+
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
         """Dropout's masks are a function of the step, so that a resumed run draws those an undisturbed one drew."""
@@ -107,11 +141,6 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(self.optimizer.step_count)
             yield
-
-    def gradient_norm(self) -> float:
-        """The joint norm of all gradients; a step scales them so that it is at most `clip`."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads))
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights that are trained and optimizer state, under one set of names."""
@@ -165,6 +194,7 @@ class _Fit:
         self.average = TailAverage(self.trainer.optimizer.params)
         self.anchor: tuple[int, dict[str, Tensor]] | None = None  # where a roll-back goes
         self.tail = self.steps - round(self.steps * self.config.average_share)
+        self.ahead: tuple[int, Sequence[Weighted]] | None = None  # a step, and its batches
 
     def work(self) -> None:
         step = self._resume()
@@ -190,7 +220,7 @@ class _Fit:
             return spike[0] and spikes.policy != "note"
 
         rate = self.factor(step) * self.guard.rate(step)
-        metrics = self.trainer.step(self.batches(step), self.loss, rate, refuse)
+        metrics = self.trainer.step(self._batches(step), self.loss, rate, refuse, lambda: self._look_ahead(step + 1))
         if spike[0]:
             metrics["spike"] = 1.0
             if spikes.policy == "lower":
@@ -205,6 +235,19 @@ class _Fit:
         for callback in self.callbacks:
             callback(step + 1, metrics)
         return step + 1
+
+    def _batches(self, step: int) -> Sequence[Weighted]:
+        """The batches of a step, made before or now."""
+        if self.ahead is not None and self.ahead[0] == step:
+            return self.ahead[1]
+        return self.batches(step)
+
+    def _look_ahead(self, step: int) -> None:
+        """Make the batches of a step while the device is at work on the one before, and send them there."""
+        if self.trainer.device.type == "cpu" or step >= self.steps:
+            return
+        made = self.batches(step)
+        self.ahead = step, [b.to(self.trainer.device) if isinstance(b, Movable) else b for b in made]
 
     def _save(self, step: int) -> None:
         tensors = {**self.trainer.tensors(), **self.average.tensors()}

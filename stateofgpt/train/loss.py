@@ -17,7 +17,7 @@ from stateofgpt.errors import ModelError
 from stateofgpt.model.device import CPU
 from stateofgpt.model.gpt import GPT
 from stateofgpt.train import fused as fused_pass
-from stateofgpt.train import kernels
+from stateofgpt.train import head, kernels
 from stateofgpt.train.kernels import Kernels
 
 Dtype = Literal["float32", "bfloat16"]
@@ -75,18 +75,24 @@ class Batch:
     targets: Tensor
     weights: Tensor
     firsts: Tensor | None = None
+    known: float | None = None  # the weight, where it was added up before the batch went to another device
 
     @property
     def weight(self) -> float:
-        return float(self.weights.sum())
+        return float(self.weights.sum()) if self.known is None else self.known
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on another device, or itself where it is there already."""
-        if self.ids.device == torch.device(device):
+        """The same on another device, or itself where it is there already.
+
+        To a GPU it goes through memory that is pinned, so that nothing waits for it, and its weight is known before:
+        asking the device for it would be waiting.
+        """
+        device = torch.device(device)
+        if self.ids.device == device:
             return self
-        firsts = None if self.firsts is None else self.firsts.to(device, non_blocking=True)
-        ids, targets, weights = (x.to(device, non_blocking=True) for x in (self.ids, self.targets, self.weights))
-        return Batch(ids, targets, weights, firsts)
+        firsts = None if self.firsts is None else _sent(self.firsts, device)
+        ids, targets, weights = (_sent(x, device) for x in (self.ids, self.targets, self.weights))
+        return Batch(ids, targets, weights, firsts, self.weight)
 
     @staticmethod
     def of(
@@ -109,6 +115,8 @@ class LanguageModelLoss:
     Fused is the fastest on a CPU and needs a C compiler for a second, once on a machine; what it cannot do (other
     architectures, long contexts) goes the plain way.
 
+    On other devices than the CPU the head and its loss go in parts (`train.head`).
+
     What is compiled is one block, whose code then serves all of them, and the head with its loss: a third of the time
     it takes to compile the whole. The embedding look-up stays outside: its gradient is a scatter, which the compiler
     would turn into atomic adds whose order, and so whose rounding, differs from run to run.
@@ -121,6 +129,7 @@ class LanguageModelLoss:
         self.kernels = self.way.kernels
         self._block = torch.compile(_block, dynamic=False) if compiled else _block
         self._head = torch.compile(_head, dynamic=False) if compiled else _head
+        self._part: head.Part = torch.compile(head.part, dynamic=False) if compiled else head.part
 
     def __call__(self, model: GPT, batch: Batch) -> Tensor:
         batch = batch.to(model.lm_head.weight.device)
@@ -132,8 +141,18 @@ class LanguageModelLoss:
             trunk = model.model
             mask = None if batch.firsts is None else _seen(batch.firsts)
             x = trunk.run(trunk.embed_tokens(batch.ids), mask, run_block=self._block)
-            out: Tensor = self._head(trunk.norm, model.lm_head.weight, x, batch.targets, batch.weights)
-        return out
+            rows = head.rows_at_once(batch.ids.numel(), model.config.vocab_size, batch.ids.device)
+            if rows is None:
+                out: Tensor = self._head(trunk.norm, model.lm_head.weight, x, batch.targets, batch.weights)
+                return out
+            h = trunk.norm(x).flatten(0, 1).to(self.way.torch_dtype)
+            return head.in_parts(
+                h, model.lm_head.weight, batch.targets.flatten(), batch.weights.flatten(), rows, self._part
+            )
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def _seen(firsts: Tensor) -> Tensor:

@@ -68,7 +68,9 @@ class MuonAdamW:
 
     A parameter that takes no gradient (`requires_grad` is False) has no part in it: no state, and no step.
 
-    With `kernels` everything but the matrix products of the iteration is one pass over each tensor.
+    With `kernels` everything but the matrix products of the iteration is one pass over each tensor. On another device
+    than the CPU, AdamW goes over all tensors of a kind with each operation: there a call costs more than a small
+    tensor.
     """
 
     def __init__(
@@ -106,6 +108,10 @@ class MuonAdamW:
         self.step_count += 1
         for names, weights, momentum in zip(self.stacks, self.weights, self.momenta, strict=True):
             self._muon(names, weights, momentum, factor, scale)
+        if self.params and next(iter(self.params.values())).device.type != "cpu":
+            for has_decay in (True, False):
+                self._adamw_together([n for n in self.adam if (self.params[n].ndim == 2) == has_decay], factor, scale)
+            return
         for name in self.adam:
             self._adamw(name, factor, scale)
 
@@ -140,6 +146,32 @@ class MuonAdamW:
         if p.ndim == 2:
             self._decay(p, update, c.lr * factor)
         p.sub_(update, alpha=c.lr * factor)
+
+    def _adamw_together(self, names: list[str], factor: float, scale: float) -> None:
+        """`_adamw` of parameters that all are matrices, or none of which is."""
+        c, t = self.config, self.step_count
+        held = [(n, self.params[n], self.params[n].grad) for n in names]
+        learning = [(n, p, grad) for n, p, grad in held if grad is not None]
+        if not learning:
+            return
+        params: list[Tensor] = [p for _, p, _ in learning]
+        grads = [grad for _, _, grad in learning]
+        firsts, seconds = ([of[n] for n, _, _ in learning] for of in (self.first, self.second))
+        torch._foreach_mul_(grads, scale)
+        torch._foreach_lerp_(firsts, grads, 1.0 - c.beta1)
+        torch._foreach_mul_(seconds, c.beta2)
+        torch._foreach_addcmul_(seconds, grads, grads, 1.0 - c.beta2)
+        updates = torch._foreach_div(firsts, 1.0 - c.beta1**t)
+        spread = torch._foreach_div(seconds, 1.0 - c.beta2**t)
+        torch._foreach_sqrt_(spread)
+        torch._foreach_add_(spread, c.eps)
+        torch._foreach_div_(updates, spread)
+        if params[0].ndim == 2 and c.weight_decay:
+            agree = torch._foreach_mul(updates, params)
+            torch._foreach_sign_(agree)
+            torch._foreach_clamp_min_(agree, 0.0)
+            torch._foreach_addcmul_(params, params, agree, -c.lr * factor * c.weight_decay)
+        torch._foreach_add_(params, updates, alpha=-c.lr * factor)
 
     def _decay(self, p: Tensor, update: Tensor, lr: float) -> None:
         if self.config.weight_decay:
