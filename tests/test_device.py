@@ -12,6 +12,7 @@ from stateofgpt.model.device import choose_device
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.train.loop import LoopConfig, Trainer
 from stateofgpt.train.loss import Batch, LanguageModelLoss
+from stateofgpt.train.optim import OptimConfig
 
 __all__ = ["twin"]
 
@@ -45,14 +46,15 @@ def test_the_twin_tells_tensors_of_two_devices_apart(twin: str) -> None:
         torch.nn.Linear(2, 2)(there)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_training_step_on_another_device_is_that_of_the_cpu(dtype: str, twin: str) -> None:
+@pytest.mark.parametrize(("dtype", "muon"), [("float32", False), ("float32", True), ("bfloat16", True)])
+def test_a_training_step_on_another_device_is_that_of_the_cpu(dtype: str, muon: bool, twin: str) -> None:
     ids = torch.randint(0, 50, (3, 17), generator=torch.Generator().manual_seed(1))
     batch = Batch.of(ids[:, :-1].numpy().copy(), ids[:, 1:].numpy().copy(), begins=7)
     ends = []
     for device in ("cpu", twin):
         model = small().to(device)
-        trainer, loss = Trainer(model, LoopConfig()), LanguageModelLoss(dtype, device=device)  # type: ignore[arg-type]
+        config = LoopConfig(optim=OptimConfig(use_muon=muon))
+        trainer, loss = Trainer(model, config), LanguageModelLoss(dtype, device=device)  # type: ignore[arg-type]
         with sdpa_kernel(SDPBackend.MATH):  # which a device has without kernels of its own
             told = [trainer.step([batch, batch], loss, 1.0) for _ in range(3)]
         ends.append((told, {n: t.cpu() for n, t in trainer.tensors().items()}))
@@ -60,7 +62,8 @@ def test_a_training_step_on_another_device_is_that_of_the_cpu(dtype: str, twin: 
         if dtype == "bfloat16":  # what is cast differs from device to device
             assert here["loss"] == pytest.approx(there["loss"], rel=0.02)
         else:
-            assert here == pytest.approx(there, rel=1e-5)  # sums are in another order
+            # sums are in another order, and Muon's iteration in bfloat16 makes more of it
+            assert here == pytest.approx(there, rel=1e-3 if muon else 1e-6)
     for name, t in ends[0][1].items():
         off = torch.linalg.vector_norm((t - ends[1][1][name]).float())
-        assert dtype == "bfloat16" or off <= 0.02 * torch.linalg.vector_norm(t.float()), name
+        assert dtype == "bfloat16" or off <= (0.05 if muon else 1e-3) * torch.linalg.vector_norm(t.float()), name

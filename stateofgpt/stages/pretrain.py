@@ -31,6 +31,7 @@ from stateofgpt.stages.way import decide_engine
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train import repeats
 from stateofgpt.train.dial import timed_steps
+from stateofgpt.train.dial_gpu import blank
 from stateofgpt.train.loop import LoopConfig, Trainer, fit
 from stateofgpt.train.loss import Batch, LanguageModelLoss
 from stateofgpt.train.ramp import Cuts, Ramp, seconds_per_batch
@@ -213,8 +214,7 @@ class _Pretraining:
             batch = Batch(ids, ids, torch.ones(rows, self.context), firsts).to(device)
             return timed_steps(lambda: loss(model, batch), model, 9, MEASURING * seconds)
 
-        with device:
-            copy = GPT(model.config)
+        copy = GPT(model.config) if device.type == CPU else blank(model.config, device)
         trainer = Trainer(copy, c.loop, loss.kernels)
         for p in copy.parameters():
             p.grad = torch.zeros_like(p)

@@ -43,14 +43,23 @@ class Filled:
     rates: dict[str, float]
 
 
+def blank(config: GPTConfig, device: str | torch.device) -> GPT:
+    """A model to measure time with, made where it is used: drawing a billion weights on the CPU takes long."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch.nn.init.normal_(tensor, std=0.02)
+    return model
+
+
 class Trial:
     """A model of one shape with its optimizer on a device, and the time its steps take. Its weights are of no use."""
 
     def __init__(self, config: GPTConfig, dtype: Dtype, context: int, device: str) -> None:
-        with torch.device(device):
-            model = GPT(config)
-        for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.02)
+        model = blank(config, device)
         self.device, self.context, self.vocab_size = device, context, config.vocab_size
         self.loss, self.trainer = LanguageModelLoss(dtype, device=device), Trainer(model, LoopConfig())
 
