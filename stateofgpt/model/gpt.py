@@ -165,6 +165,10 @@ class Attention(nn.Module):
         if self.rotary:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         grouped = self.n_head != self.n_kv_head
+        if grouped and mask is not None and x.device.type != "cpu":  # a GPU's kernels take a mask or shared keys
+            each = (B, self.n_kv_head, self.n_head // self.n_kv_head, T, self.head_dim)
+            k, v = (t[:, :, None].expand(each).reshape(q.shape) for t in (k, v))
+            grouped = False
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 

@@ -5,6 +5,7 @@ Owns the precision and the compilation of a training forward pass. Knows no opti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -140,6 +141,8 @@ class LanguageModelLoss:
         with self.way.autocast():
             trunk = model.model
             mask = None if batch.firsts is None else _seen(batch.firsts)
+            if mask is not None and mask.device.type != "cpu":  # there every block would make this of it
+                mask = torch.zeros_like(mask, dtype=self.way.torch_dtype).masked_fill_(~mask, -math.inf)
             x = trunk.run(trunk.embed_tokens(batch.ids), mask, run_block=self._block)
             rows = head.rows_at_once(batch.ids.numel(), model.config.vocab_size, batch.ids.device)
             if rows is None:
