@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from stateofgpt.errors import ConfigError
+from stateofgpt.model.device import CPU, choose_device
 from stateofgpt.report.pages import size
 from stateofgpt.report.plots import short
 from stateofgpt.report.talk import talk
-from stateofgpt.train import planner
+from stateofgpt.train import dial_gpu, planner
 from stateofgpt.train.dial import choose, tokens_within
 from stateofgpt.train.hardware import GPUS, UTILISATION, Gpu, gpu
 from stateofgpt.train.law_file import LADDER, read_law
@@ -87,9 +88,14 @@ def _minutes(options: Namespace, laws: dict[str, tuple[str, AnyLaw]]) -> Asked:
     vocab, context, rows = options.vocab_size or HERE[0], options.context or HERE[1], HERE[2]
     name = next(reversed(laws))
     seconds = 60.0 * options.minutes
-    choice = choose(vocab, context, seconds, rows=rows, law=laws[name][1])
+    device = choose_device()
+    if device == CPU:
+        choice, within = choose(vocab, context, seconds, rows=rows, law=laws[name][1]), tokens_within
+    else:
+        choice, filled = dial_gpu.choose(device, vocab, context, seconds, rows=rows, law=laws[name][1])
+        rows, within = filled.rows, dial_gpu.tokens_within
     key = f"{choice.config.hidden_size}x{choice.config.num_hidden_layers}"
-    tokens = tokens_within(seconds, choice.rates[key], choice.compiled)
+    tokens = within(seconds, choice.rates[key], choice.compiled)
     made = make_plan(choice.config, tokens, batch=rows * context, lr=STAGE_LR)
     budget = {"minutes": options.minutes, "dtype": choice.dtype, "compiled": choice.compiled, "fused": choice.fused}
     return Asked(budget, made, name, 6.0 * made.n_params * tokens, choice.rates, seconds)

@@ -203,16 +203,14 @@ class _Pretraining:
         if c.steps is not None:
             return c.steps
         assert c.seconds is not None
-        seconds = c.seconds
-
-        device = model.lm_head.weight.device
+        seconds, device = c.seconds, model.lm_head.weight.device
 
         def forward_backward(rows: int) -> float:
             ids = torch.zeros(rows, self.context, dtype=torch.int64)
             apart = device.type != CPU and self.begins is not None  # what is compiled must be what training needs
             firsts = torch.zeros(rows, self.context, dtype=torch.int32) if apart else None
             batch = Batch(ids, ids, torch.ones(rows, self.context), firsts).to(device)
-            return timed_steps(lambda: loss(model, batch), model, 9, MEASURING * seconds)
+            return timed_steps(lambda: loss(model, batch), model, 9, MEASURING * seconds, c.loop.exact is not False)
 
         copy = GPT(model.config) if device.type == CPU else blank(model.config, device)
         trainer = Trainer(copy, c.loop, loss.kernels)

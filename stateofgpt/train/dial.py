@@ -93,7 +93,11 @@ def measure_step(
 
 
 def timed_steps(
-    loss: Callable[[], torch.Tensor], model: torch.nn.Module, repeats: int, within: float = math.inf
+    loss: Callable[[], torch.Tensor],
+    model: torch.nn.Module,
+    repeats: int,
+    within: float = math.inf,
+    exact: bool = True,
 ) -> float:
     """Median seconds of forward and backward, after one pass that is not counted; leaves no gradient behind.
 
@@ -103,7 +107,7 @@ def timed_steps(
     device = next(model.parameters()).device
     while len(times) < 2 or (len(times) <= repeats and sum(times) < within):
         start = time.perf_counter()
-        with in_order(device):  # as a step does
+        with in_order(device, exact):  # as a step does
             loss().backward()
         wait(device)
         times.append(time.perf_counter() - start)

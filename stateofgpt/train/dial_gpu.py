@@ -132,6 +132,11 @@ def can_compile() -> bool:
     return find_spec("triton") is not None and any(which(name) for name in ("cc", "gcc", "clang"))
 
 
+def tokens_within(seconds: float, rate: float, compiled: bool) -> float:
+    """As `dial.tokens_within`, on a GPU."""
+    return max(1.0, rate * ((seconds - COMPILE_SECONDS) * COMPILE_GAIN if compiled else seconds))
+
+
 def choose(
     device: str,
     vocab_size: int,
@@ -151,7 +156,6 @@ def choose(
     shapes = shapes_of(SHAPES, form, fewest_layers)
     dtype = fastest_dtype(vocab_size, context, device, rows, form)
     compiled = can_compile() and seconds > 3 * COMPILE_SECONDS
-    left, gain = (seconds - COMPILE_SECONDS, COMPILE_GAIN) if compiled else (seconds, 1.0)
     rates: dict[str, float] = {}
     best: tuple[float, GPTConfig, Filled] | None = None
     for width, layers in shapes:
@@ -165,7 +169,7 @@ def choose(
         rates[f"{width}x{layers}"] = round(filled.rate, 1)
         with torch.device("meta"):
             n_params = GPT(config).n_params()
-        loss = law.loss(n_params, max(1.0, filled.rate * gain * left))
+        loss = law.loss(n_params, tokens_within(seconds, filled.rate, compiled))
         if best is not None and loss > best[0] * 1.02:
             break
         if best is None or loss < best[0]:
