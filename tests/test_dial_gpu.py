@@ -38,6 +38,12 @@ def test_rows_are_doubled_until_the_rate_stops_rising() -> None:
     )  # type: ignore[arg-type]
 
 
+def test_a_gain_of_a_few_percent_is_not_worth_twice_the_rows() -> None:
+    rates = {8: 1.0, 16: 1.9, 32: 2.0, 64: 2.06, 128: 4.0}
+    made = filled(lambda rows: rows * 1e-4 / rates[rows])
+    assert made is not None and made.rows == 32 and list(made.rates) == ["8", "16", "32", "64"]
+
+
 def test_rows_stop_where_memory_ends_and_begin_lower_where_it_must() -> None:
     assert (made := filled(device(full=64, most=40))) is not None and made.rows == 32
     assert (made := filled(device(full=64, most=3))) is not None and made.rows == 2
