@@ -31,7 +31,6 @@ from stateofgpt.stages.way import decide_engine
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train import repeats
 from stateofgpt.train.dial import timed_steps
-from stateofgpt.train.dial_gpu import blank
 from stateofgpt.train.loop import LoopConfig, Trainer, fit
 from stateofgpt.train.loss import Batch, LanguageModelLoss
 from stateofgpt.train.ramp import Cuts, Ramp, seconds_per_batch
@@ -212,9 +211,10 @@ class _Pretraining:
             batch = Batch(ids, ids, torch.ones(rows, self.context), firsts).to(device)
             return timed_steps(lambda: loss(model, batch), model, 9, MEASURING * seconds, c.loop.exact is not False)
 
-        copy = GPT(model.config) if device.type == CPU else blank(model.config, device)
+        # elsewhere there may be no room for another one; a rate of 0 changes nothing
+        copy = GPT(model.config) if device.type == CPU else model
         trainer = Trainer(copy, c.loop, loss.kernels)
-        for p in copy.parameters():
+        for p in trainer.optimizer.params.values():
             p.grad = torch.zeros_like(p)
         trainer.optimizer.step(0.0)  # the first also allocates
         start, n = time.perf_counter(), 0

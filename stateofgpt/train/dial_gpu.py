@@ -8,7 +8,8 @@ longer than the trials. The two constants about compiling are guesses until they
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from shutil import which
@@ -30,6 +31,7 @@ SHAPES = (*dial.SHAPES, (1024, 16), (1280, 18), (1536, 24), (1792, 24), (2048, 2
 COMPILE_GAIN = 1.5  # compiled against eager steps; not measured
 COMPILE_SECONDS = 60.0  # of a block and a part of the head, both ways; not measured
 TRIALS = 0.06  # share of the seconds that all trials together may take
+MEMORY = 0.85  # share of the device's memory that trials may fill
 RISING = 1.05  # twice the rows are worth it where they give this much more
 FEWEST_STEPS = 300  # rows are not raised past what leaves a run so many
 
@@ -111,12 +113,26 @@ def fill(
 def fill_shape(
     config: GPTConfig, dtype: Dtype, context: int, rows: int, device: str, *, run_seconds: float, within: float
 ) -> Filled | None:
-    """`fill` for a model of this shape on a device."""
+    """`fill` for a model of this shape on a device, with a part of its memory kept for what a run has besides."""
     try:
-        trial = Trial(config, dtype, context, device)
-        return fill(lambda n: trial.seconds(n, within / 4), context, rows, run_seconds=run_seconds, within=within)
+        with _most_memory(device):
+            trial = Trial(config, dtype, context, device)
+            return fill(lambda n: trial.seconds(n, within / 4), context, rows, run_seconds=run_seconds, within=within)
     except torch.OutOfMemoryError:
         return None
+
+
+@contextmanager
+def _most_memory(device: str) -> Iterator[None]:
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    index = torch.device(device).index or 0
+    torch.cuda.set_per_process_memory_fraction(MEMORY, index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def fastest_dtype(vocab_size: int, context: int, device: str, rows: int, form: Form = USUAL) -> Dtype:
