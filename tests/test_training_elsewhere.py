@@ -96,12 +96,21 @@ def told(run: Run, stage: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_pretraining_and_finetuning_elsewhere_give_what_they_give_here(
-    tokenized: Path, tmp_path: Path, twin: str
+    tokenized: Path, tmp_path: Path, twin: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trained: list[str] = []
+
+    def trainer(model: GPT, *given: Any) -> Trainer:
+        trained.append(model.lm_head.weight.device.type)
+        return Trainer(model, *given)
+
+    for stage in (pretrain, sft):
+        monkeypatch.setattr(stage, "Trainer", trainer)
     with begun(tokenized, tmp_path / "here") as here, begun(tokenized, tmp_path / "there") as there:
         for run, device in ((here, "cpu"), (there, twin)):
             pretrain.run(base(device), run)
             sft.run(tuned(tokenized), run)
+        assert trained == ["cpu", "cpu", twin, twin]
         plans = [run.stage("pretrain").decided("plan") for run in (here, there)]
         assert plans[1] == {**plans[0], "device": twin} and "device" not in plans[0]
         assert way_of(here).device == "cpu" and way_of(there).device == twin
@@ -125,14 +134,14 @@ def test_a_run_elsewhere_that_was_killed_ends_with_the_same_bits(
 ) -> None:
     ends = []
     loop = LoopConfig(optim=OptimConfig(use_muon=muon), save_every_s=-1.0, average_share=0.5)
-    for die in (None, 5):
+    for die in (None, 6):
         with begun(tokenized, tmp_path / f"run{die}") as run:
             if die is not None:
                 plain, reads = PretrainBatches.rows, []
 
                 def rows(self: PretrainBatches, first: int, n: int, plain: Any = plain, reads: Any = reads) -> Any:
                     reads.append(first)
-                    if len(reads) == 5:
+                    if len(reads) == 6:  # while the fifth step is made: the average of the last three has begun
                         raise Stopped
                     return plain(self, first, n)
 
