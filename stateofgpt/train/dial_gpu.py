@@ -139,7 +139,7 @@ def fastest_dtype(vocab_size: int, context: int, device: str, rows: int, form: F
     """The fastest precision on this device; trials on a model of two layers."""
     width = next((width for width in (768, 640, 512) if not form.misfit(width)), 64)
     config = form.shape(width, 2, vocab_size, context)
-    times = {dtype: Trial(config, dtype, context, device).seconds(rows, 1.0) for dtype in DTYPES}
+    times = {dtype: Trial(config, dtype, context, device).seconds(rows, 10.0) for dtype in DTYPES}
     return min(DTYPES, key=lambda dtype: times[dtype])
 
 
