@@ -182,19 +182,22 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     sample.option("--max-tokens", type=to_count, default=128, help="the longest continuation (default 128)")
     sample.option("--temperature", type=to_temperature, default=0.8, help="0 is greedy (default 0.8)")
     sample.option("--seed", type=to_seed, default=0, help="the same seed, the same text (default 0)")
+    _device_option(sample)
 
     logprobs = verb("logprobs", act.logprobs, "a text's tokens and their log-probabilities, as JSON")
     _model_argument(logprobs)
     logprobs.option("--text", type=to_text, help="the text to score")
     logprobs.option("--file", type=Path, help="or a file, for its bits per byte")
     logprobs.option("--context", type=to_count, default=256, help="tokens of the file read at a time (default 256)")
+    _device_option(logprobs)
 
-    weights = "what weights are kept in: smaller is faster; int8 answers a little differently (default float32)"
+    weights = "what weights are kept in: smaller is faster; int8 is the CPU's (default float32, on a GPU bfloat16)"
     chat = verb("chat", act.chat, "talk to a model in the terminal")
     _model_argument(chat, optional=True)
     chat.option("--temperature", type=to_temperature, default=0.7, help="0 is greedy (default 0.7)")
     chat.option("--seed", type=to_seed, default=0, help="the same seed and words, the same answers (default 0)")
-    chat.option("--weights", choices=WEIGHTS, default="float32", help=weights)
+    chat.option("--weights", choices=WEIGHTS, help=weights)
+    _device_option(chat)
     chat.option("--feedback", type=Path, help="where thumbs are kept; default: in the model's run")
 
     serve = verb("serve", act.serve, "models on a web page and behind OpenAI's API")
@@ -205,6 +208,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     serve.option("--keys", type=Path, metavar="FILE", help="ask for an API key of this file (see `sog keys`)")
     serve.option("--name", action="append", metavar="HOST", help="another host name the server goes by; repeatable")
     serve.option("--feedback", type=Path, help="where thumbs are kept; default: in the first model's run")
+    _device_option(serve)
     serve.option("--weights", choices=WEIGHTS, help=weights)
     serve.option("--cache", choices=WEIGHTS[:2], help="the same for keys and values of texts under way")
     serve.option("--max-answers", type=to_count, help="how many answers may be written or waiting at once (default 64)")
@@ -268,6 +272,11 @@ def _reward_options(parser: Parser) -> None:
     parser.option("--folds", type=to_count, metavar="K", help="with DATA: parts of the cross-validation (default 5)")
     parser.option("--context", type=to_count, help="with DATA: tokens of a prompt and its longest answer (default 512)")
     parser.option("--json", action="store_true", help="with DATA: the whole health as JSON")
+
+
+def _device_option(parser: Parser) -> None:
+    text = "cpu, cuda, or one of several as cuda:1 (default: a GPU where there is one)"
+    parser.option("--device", metavar="NAME", help=text)
 
 
 def _model_argument(parser: Parser, *, optional: bool = False) -> None:

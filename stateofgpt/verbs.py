@@ -122,10 +122,11 @@ def sample(options: argparse.Namespace) -> None:
     folder = resolve_model(options.model)
     from stateofgpt.infer.engine import Engine, SamplingParams
     from stateofgpt.model.checkpoint import load_model
+    from stateofgpt.model.device import choose_device
     from stateofgpt.text.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(folder)
-    engine = Engine(load_model(folder), native=True)
+    device, tokenizer = choose_device(options.device), Tokenizer.load(folder)
+    engine = Engine(load_model(folder).to(device), native=True, max_batch=min(options.n, 64))
     prompt = [tokenizer.eot, *tokenizer.encode(options.prompt)]
     params = [
         SamplingParams(
@@ -150,10 +151,11 @@ def logprobs(options: argparse.Namespace) -> None:
     from stateofgpt.eval.likelihood import bits_per_byte, in_parts
     from stateofgpt.infer.engine import Engine
     from stateofgpt.model.checkpoint import load_model
+    from stateofgpt.model.device import choose_device
     from stateofgpt.text.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(folder)
-    engine = Engine(load_model(folder))
+    device, tokenizer = choose_device(options.device), Tokenizer.load(folder)
+    engine = Engine(load_model(folder).to(device), max_batch=1)
     if options.file is not None:
         text = _text_of(options.file)
         ids = tokenizer.encode(text)
@@ -184,7 +186,7 @@ def chat(options: argparse.Namespace) -> None:
     folder = resolve_model(options.model) if options.model else newest_model()
     from stateofgpt.serve.terminal import chat
 
-    chat(folder, options.feedback or feedback_of(folder), options.temperature, options.seed, options.weights)
+    chat(folder, options.feedback or feedback_of(folder), options.temperature, options.seed, options.weights, options.device)
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -199,6 +201,7 @@ def serve(options: argparse.Namespace) -> None:
         "max_connections": options.max_connections,
         "drain_s": options.drain,
         "step_s": options.step_limit,
+        "device": options.device,
         "weights": options.weights,
         "cache": options.cache,
         "names": tuple(name.lower() for name in options.name) if options.name else None,

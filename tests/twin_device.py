@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "twin"
-ACROSS = {"aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize"}
+ACROSS = {"aten::to", "aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize"}
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}  # by indices of the CPU, too
 CAST = ("linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention")  # to bfloat16, under autocast
 _installed: list[torch.library.Library] = []
@@ -31,15 +31,16 @@ class TwinTensor(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Self:
-        made: Self = torch.Tensor._make_wrapper_subclass(
-            cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            layout=inner.layout,
-            device=torch.device(NAME, 0),
-        )
+        with torch.inference_mode(False):  # it may be a view of a tensor that is older than the mode
+            made: Self = torch.Tensor._make_wrapper_subclass(
+                cls,
+                inner.size(),
+                strides=inner.stride(),
+                storage_offset=inner.storage_offset(),
+                dtype=inner.dtype,
+                layout=inner.layout,
+                device=torch.device(NAME, 0),
+            )
         made.inner = inner
         return made
 
@@ -55,6 +56,9 @@ class TwinTensor(Tensor):
     def data(self, value: Tensor) -> None:  # torch's own would leave `inner` as it was
         assert isinstance(value, TwinTensor) and value.inner.stride() == self.inner.stride()
         self.inner = value.inner
+
+    def tolist(self) -> Any:
+        return self.inner.tolist()  # torch does it for no tensor that is one by Python
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"twin({self.inner!r})"
@@ -129,8 +133,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     strange = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, TwinTensor) and x.dim() > 0]
     if twins and strange and name not in ACROSS | INDEXED:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found twin:0 and cpu")
-    named = kwargs.get("device")
-    here = torch.device(named).type == "cpu" if named is not None else not twins
+    named = next((x for x in leaves if isinstance(x, torch.device)), None)
+    here = named.type == "cpu" if named is not None else not twins
     plain = (x.inner if isinstance(x, TwinTensor) else _own(x) for x in leaves)
     inner_args, inner_kwargs = tree_unflatten(list(plain), spec)
     out = func(*inner_args, **{k: v for k, v in inner_kwargs.items() if k != "pin_memory"})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stateofgpt.infer.sampling import SamplingParams
+from stateofgpt.infer.transfer import column, sent
 
 
 def adjust(
@@ -22,17 +23,17 @@ def adjust(
     """Change the logits `row` [V], float32, in place. `seen` are the ids of prompt and answer, `counts` how often each
     was drawn, `mask` which ids are allowed (those past its end are not)."""
     if params.repetition_penalty != 1.0:
-        ids = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=row.device)
+        ids = column(sorted(set(seen)), torch.int64, row.device)
         found = row[ids]
         row[ids] = torch.where(found < 0, found * params.repetition_penalty, found / params.repetition_penalty)
     if counts and (params.presence_penalty or params.frequency_penalty):
-        ids = torch.tensor(list(counts), device=row.device)
-        often = torch.tensor(list(counts.values()), dtype=torch.float32, device=row.device)
+        ids = column(list(counts), torch.int64, row.device)
+        often = column(list(counts.values()), torch.float32, row.device)
         row[ids] -= params.presence_penalty + params.frequency_penalty * often
     if params.logit_bias:
         tokens, biases = zip(*params.logit_bias, strict=True)
-        added = torch.tensor(biases, dtype=row.dtype, device=row.device)  # they may be whole numbers
-        row.index_add_(0, torch.tensor(tokens, device=row.device), added)
+        added = column(biases, row.dtype, row.device)  # they may be whole numbers
+        row.index_add_(0, column(tokens, torch.int64, row.device), added)
     if mask is not None:
         row[len(mask) :] = -torch.inf
-        row[: len(mask)].masked_fill_(torch.from_numpy(~mask[: len(row)]).to(row.device), -torch.inf)
+        row[: len(mask)].masked_fill_(sent(torch.from_numpy(~mask[: len(row)]), row.device), -torch.inf)

@@ -18,6 +18,7 @@ from stateofgpt.errors import ConfigError, ModelError
 
 BLOCK = 16  # positions: the unit in which memory is given out and shared
 SHARE = 4  # by default the cache takes up to a quarter of the memory that is free
+GPU_SHARE = 2  # of a GPU, which has less else to do, up to half
 
 
 def zeroed(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -41,12 +42,12 @@ def blocks_of(tokens: int) -> int:
 
 def how_many(cache_bytes: int | None, block_bytes: int, max_batch: int, max_context: int, device: torch.device) -> int:
     """The number of blocks: as many as `cache_bytes` hold, or by default all that could be of use and a quarter of the
-    free memory has room for. Never more than twice what full rows need (the second half keeps prefixes), never less
+    free memory (of a GPU's half) has room for. Never more than twice what full rows need (the second half keeps prefixes), never less
     than one full row: ConfigError where `cache_bytes` is."""
     row = blocks_of(max_context)
     useful = 2 * row * max_batch
     if cache_bytes is None:
-        return min(useful, max(row, free_memory(device) // SHARE // block_bytes))
+        return min(useful, max(row, free_memory(device) // (GPU_SHARE if device.type == "cuda" else SHARE) // block_bytes))
     if cache_bytes < row * block_bytes:
         raise ConfigError(
             f"cache_bytes is {cache_bytes:,}, and one text of {max_context} tokens needs {row * block_bytes:,}; give "

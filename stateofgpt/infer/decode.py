@@ -2,7 +2,7 @@
 
 Owns: the fused copies of the weights, the cache's memory, and the two passes, `prefill` (many tokens, no logits) and
 `decode` (one token per row). Knows nothing of requests or sampling. The model's own `forward` is the reference; tests
-compare the two. It runs on any device; on CPUs with a compiler `infer.forward` is faster.
+compare the two. On CPUs with a compiler `infer.forward` is faster; on other devices `infer.static` goes on from here.
 
 What makes it fast on small models, where the number of operations counts more than their size: query, key and value
 are one product, gate and up another; both residual additions are part of the product (`addmm`); the rotation, which
@@ -15,17 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stateofgpt.infer.cache import BLOCK, blocks_of, zeroed
+from stateofgpt.infer.transfer import column, sent
 from stateofgpt.model.gpt import GPT, MLP, Block, LayerNorm, RMSNorm
 from stateofgpt.model.lora import effective_weight
 from stateofgpt.model.rotary import rotary_angles
-
-_PREFILL_TOKENS = 4096  # read at once; bounds the memory of a prefill
 
 
 @dataclass
@@ -70,6 +71,9 @@ class Decoder:
     """Fused weights of one model, adapters merged. `refresh()` after every change of the model's weights."""
 
     exact = False  # the last bits of a token depend on the batch
+    guesses = False  # whether `verify` reads several tokens of a row at once
+    at_once = 4096  # tokens that are read at once; bounds the memory of a prefill
+    nowhere = 0  # what stands in a table where a row has no block: any, as masks hide it
 
     def __init__(self, model: GPT, dtype: torch.dtype, max_context: int) -> None:
         c = model.config
@@ -87,16 +91,20 @@ class Decoder:
     def refresh(self) -> None:
         """Read the model's weights again."""
         trunk = self._model.model
-        self._embed = trunk.embed_tokens.weight.detach().to(self.dtype)
-        self._head = self._model.lm_head.weight.detach().to(self.dtype)
+        self._embed = self._taken(trunk.embed_tokens.weight)
+        self._head = self._taken(self._model.lm_head.weight)
         places = trunk.embed_positions
-        self._embed_positions = None if places is None else places.weight.detach().to(self.dtype)
+        self._embed_positions = None if places is None else self._taken(places.weight)
         self._norm = self._normed(trunk.norm)
         self._layers = [self._fuse(block) for block in trunk.layers if isinstance(block, Block)]
 
+    def _taken(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A weight as the passes read it, in `dtype` or the decoder's own."""
+        return weight.detach().to(dtype or self.dtype)
+
     def _normed(self, norm: RMSNorm | LayerNorm) -> _Norm:
-        shift = norm.bias.detach().to(self.dtype) if isinstance(norm, LayerNorm) else None
-        return _Norm(norm.weight.detach().to(self.dtype), shift, norm.eps)
+        shift = self._taken(norm.bias) if isinstance(norm, LayerNorm) else None
+        return _Norm(self._taken(norm.weight), shift, norm.eps)
 
     def _paired(self, rows: Tensor) -> Tensor:
         """Rows [H D, ...] of queries or keys, dimension i of each head beside its partner i + D/2 where it rotates."""
@@ -110,7 +118,7 @@ class Decoder:
 
         def stacked(tensors: Sequence[Tensor]) -> Tensor:
             ready = [self._paired(t) if i < paired else t for i, t in enumerate(tensors)]
-            return (ready[0].detach() if len(ready) == 1 else torch.cat(ready)).to(self.dtype)
+            return self._taken(ready[0] if len(ready) == 1 else torch.cat(ready))
 
         biases = [part.bias for part in parts if part.bias is not None]
         return _Linear(stacked([effective_weight(part) for part in parts]), stacked(biases) if biases else None)
@@ -120,7 +128,8 @@ class Decoder:
         gain = None
         if attn.qk_norm:
             q, k = self._paired(attn.q_norm.weight), self._paired(attn.k_norm.weight)
-            gain = torch.cat((q.expand(c.num_attention_heads, -1), k.expand(c.num_key_value_heads, -1))).float()
+            gain = torch.cat((q.expand(c.num_attention_heads, -1), k.expand(c.num_key_value_heads, -1)))
+            gain = self._taken(gain, torch.float32)
         return _Layer(
             norm_in=self._normed(block.input_layernorm),
             qkv=self._linear(attn.q_proj, attn.k_proj, attn.v_proj, paired=2),
@@ -171,92 +180,113 @@ class Decoder:
         self._pool[:, :, target] = self._pool[:, :, source]
 
     def _table(self, tables: Sequence[Sequence[int]], longest: int) -> Tensor:
-        """The blocks of each row as [n, blocks of the longest], any block where a row has none: masks hide it."""
+        """The blocks of each row as [n, blocks of the longest]."""
         width = blocks_of(longest)
-        rows = [list(table[:width]) + [0] * (width - len(table)) for table in tables]
-        return torch.tensor(rows, device=self.device)
+        rows = [list(table[:width]) + [self.nowhere] * (width - len(table)) for table in tables]
+        return column(rows, torch.int64, self.device)
 
-    def _past(self, index: int, table: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, KVH, longest, D] of one layer for the rows of `table`, copied together."""
-        keys, values = (part[table].flatten(1, 2)[:, :longest].transpose(1, 2) for part in self._pool[index])
+    def _sources(self, table: Tensor) -> Tensor:
+        """What `_past` wants to know of a table, the same for all layers."""
+        return table
+
+    def _past(self, index: int, sources: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, KVH, longest, D] of one layer for the rows of a table, copied together."""
+        keys, values = (part[sources].flatten(1, 2)[:, :longest].transpose(1, 2) for part in self._pool[index])
         return keys, values
+
+    def _write(self, index: int, place: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
+        """Put keys and values [N, KVH, D] of one layer at `place`: blocks and positions in them, [N] each."""
+        for part, new in zip(self._pool[index], (keys, values), strict=True):
+            part.index_put_(place, new)
 
     # ---- passes ---------------------------------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int], positions: Sequence[int], tables: Sequence[Sequence[int]]) -> Tensor:
         """Read token ids[i] at positions[i] of the row whose blocks are tables[i]; logits [n, V] of the next ones."""
-        n, longest = len(ids), max(positions) + 1
-        where = torch.tensor(positions, device=self.device)
-        table = self._table(tables, longest)
+        longest = max(positions) + 1
+        tokens, where = sent(torch.tensor([ids, positions]), self.device)
+        return F.linear(self._decoded(tokens, where, self._table(tables, longest), longest), self._head)
+
+    def _decoded(self, ids: Tensor, where: Tensor, table: Tensor, longest: int) -> Tensor:
+        """Final states [n, C] of tokens `ids` [n] at `where` [n], all below `longest`, of the rows of `table`."""
+        n = ids.shape[0]
         place = (table[torch.arange(n, device=self.device), where // BLOCK], where % BLOCK)
-        x = self._embedded(torch.tensor(ids, device=self.device), where)
+        x = self._embedded(ids, where)
         turns = None if self._turns is None else self._turns[where][:, None]
         behind = torch.arange(longest, device=self.device) > where[:, None]
         mask = torch.zeros(n, 1, 1, longest, dtype=self.dtype, device=self.device)
         mask.masked_fill_(behind[:, None, None], -torch.inf)
+        sources = self._sources(table)
         for index, layer in enumerate(self._layers):
             q, k, v = self._queries_keys_values(layer, x, turns)
-            for part, new in zip(self._pool[index], (k, v), strict=True):
-                part.index_put_(place, new)
-            keys, values = self._past(index, table, longest)
+            self._write(index, place, k, v)
+            keys, values = self._past(index, sources, longest)
             # the query heads that share a key head stand as several queries of it: no key is repeated in memory
             q = q.unflatten(1, (-1, self._group))
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             x = self._rest(layer, x, y.reshape(n, -1))
-        return F.linear(self._norm(x), self._head)
+        return self._norm(x)
 
     def prefill(self, ids: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[Sequence[int]]) -> None:
         """Read `ids[i]` at positions starts[i], starts[i] + 1, ... of the row whose blocks are tables[i]."""
-        for batch in _batches(ids, starts):
+        for batch in _batches(ids, starts, self.at_once):
             self._prefill([ids[i] for i in batch], [starts[i] for i in batch], [tables[i] for i in batch])
 
     def _prefill(self, ids: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[Sequence[int]]) -> None:
         """The products run over the tokens of all rows in one packed list, without padding; only attention is
         padded."""
         c, B, T = self.config, len(ids), max(map(len, ids))
-        sizes = torch.tensor([len(x) for x in ids], device=self.device)
-        start = torch.tensor(starts, device=self.device)
         longest = max(s + len(x) for s, x in zip(starts, ids, strict=True))
         table = self._table(tables, longest)
-        who, when = (torch.arange(T, device=self.device) < sizes[:, None]).nonzero(as_tuple=True)  # [N] each
-        where = when + start[who]
+        sources = self._sources(table)
+        tokens, who, when, where = sent(_packed(ids, starts), self.device).unbind()
         place = (table[who, where // BLOCK], where % BLOCK)
         fresh = not any(starts)
         mask = None
         if not fresh:  # [B, 1, T, longest]: a token sees all positions up to its own
-            own = start[:, None] + torch.arange(T, device=self.device)
+            own = column(starts, torch.int64, self.device)[:, None] + torch.arange(T, device=self.device)
             seen = torch.arange(longest, device=self.device) <= own[:, :, None]
             mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)[
                 :, None
             ]
-        x = self._embedded(torch.tensor([t for one in ids for t in one], device=self.device), where)
+        x = self._embedded(tokens, where)
         turns = None if self._turns is None else self._turns[where][:, None]
         for index, layer in enumerate(self._layers):
             q, k, v = self._queries_keys_values(layer, x, turns)
-            for part, new in zip(self._pool[index], (k, v), strict=True):
-                part.index_put_(place, new)
+            self._write(index, place, k, v)
             if index == len(self._layers) - 1:
                 return  # the last layer's output would only be needed for logits
             padded = q.new_zeros(B, T, c.num_attention_heads, c.head_dim)
             padded[who, when] = q
-            keys, values = self._past(index, table, longest)
-            y = F.scaled_dot_product_attention(
-                padded.transpose(1, 2),
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=fresh,
-                enable_gqa=self._group > 1,
-            )
+            keys, values = self._past(index, sources, longest)
+            y = self._attended(padded.transpose(1, 2), keys, values, mask)
             x = self._rest(layer, x, y.transpose(1, 2)[who, when].flatten(1))
 
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """What queries [B, H, T, D] read of keys and values [B, KVH, ., D]; without a mask of all up to their own."""
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self._group > 1
+        )
 
-def _batches(ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[list[int]]:
-    """Rows in batches of similar length, those that start at 0 apart from those that continue."""
+
+def _packed(ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+    """For each token of all rows, one after the other: [id, row, place in what is read, position], as [4, N] int64."""
+    sizes = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    found = np.empty((4, int(sizes.sum())), dtype=np.int64)
+    found[0] = np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=found.shape[1])
+    found[1] = np.repeat(np.arange(len(ids)), sizes)
+    found[2] = np.arange(found.shape[1]) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    found[3] = found[2] + np.array(starts, dtype=np.int64)[found[1]]
+    return torch.from_numpy(found)
+
+
+def _batches(ids: Sequence[Sequence[int]], starts: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Rows in batches of similar length and at most about `most` tokens, those that start at 0 apart from those that
+    continue."""
     batch: list[int] = []
     for i in sorted(range(len(ids)), key=lambda i: (starts[i] > 0, len(ids[i]))):
         widest = len(ids[i]) + 1  # the last token of a row is read with the next step
-        if batch and ((starts[i] > 0) != (starts[batch[0]] > 0) or widest * (len(batch) + 1) > _PREFILL_TOKENS):
+        if batch and ((starts[i] > 0) != (starts[batch[0]] > 0) or widest * (len(batch) + 1) > most):
             yield batch
             batch = []
         batch.append(i)

@@ -17,18 +17,17 @@ from dataclasses import replace
 from typing import Literal, overload
 
 import torch
-from torch import Tensor
 
 from stateofgpt.errors import ConfigError, ModelError
 from stateofgpt.infer import score
-from stateofgpt.infer.adjust import adjust
 from stateofgpt.infer.blocks import Blocks
 from stateofgpt.infer.cache import how_many
 from stateofgpt.infer.decoders import CachePrecision, Precision, make_decoder
+from stateofgpt.infer.draw import Drawn, Draws
 from stateofgpt.infer.grammar import Constraint
 from stateofgpt.infer.guide import Guide
 from stateofgpt.infer.request import Completion, Event, Finish, Request, check
-from stateofgpt.infer.sampling import Sampler, SamplingParams, alternatives, derive_seed
+from stateofgpt.infer.sampling import SamplingParams, derive_seed
 from stateofgpt.infer.schedule import Schedule
 from stateofgpt.infer.speculate import Lookup
 from stateofgpt.model.gpt import GPT
@@ -44,12 +43,15 @@ class Engine:
     `max_batch` requests draw at once, further ones wait. `max_context` (the model's own by default) bounds prompt and
     answer together. Call `refresh()` after the model's weights have changed.
 
-    `native` goes through `infer.forward` where the machine can, with weights in the precision `weights` and keys and
-    values in that of `cache`; else torch computes in `dtype`. With `prefixes` what was read is found again by later
-    requests of the same tenant. `cache_bytes` bounds the cache (see `infer.cache`), `step_tokens` how many
-    tokens of prompts are read in a step (by default all). `speculate` is how many tokens are guessed per step while the
-    batch is small, on the native path. On the native path none of these four changes a bit of an answer. `guides` makes
-    the guides of constrained requests.
+    Computed is where the model is. On the CPU `native` goes through `infer.forward` where the machine can, with weights
+    in the precision `weights` and keys and values in that of `cache`; else torch computes in `dtype`, or in that of
+    `weights`. By default all are float32 on the CPU and bfloat16 elsewhere. On a GPU steps are recorded (see
+    `infer.capture`) unless `graphs` is false.
+
+    With `prefixes` what was read is found again by later requests of the same tenant. `cache_bytes` bounds the cache
+    (see `infer.cache`), `step_tokens` how many tokens of prompts are read in a step (by default all). `speculate` is
+    how many tokens are guessed per step while the batch is small, on the native path and on other devices than the CPU.
+    On the native path none of these four changes a bit of an answer. `guides` makes the guides of constrained requests.
     """
 
     def __init__(
@@ -58,15 +60,16 @@ class Engine:
         *,
         max_batch: int = 64,
         max_context: int | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         native: bool = False,
-        weights: Precision = "float32",
-        cache: CachePrecision = "float32",
+        weights: Precision | None = None,
+        cache: CachePrecision | None = None,
         prefixes: bool = False,
         cache_bytes: int | None = None,
         step_tokens: int | None = None,
         speculate: int = 0,
         guides: Callable[[Constraint], Guide] | None = None,
+        graphs: bool = True,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("step_tokens", step_tokens)):
             if value is not None and value < 1:
@@ -74,7 +77,7 @@ class Engine:
         config = model.config
         self.model, self.max_batch, self.guides, self.speculate = model, max_batch, guides, speculate
         self.max_context = min(max_context or config.max_position_embeddings, config.max_position_embeddings)
-        self._decoder = make_decoder(model, dtype, native, weights, cache, self.max_context)
+        self._decoder = make_decoder(model, dtype, native, weights, cache, self.max_context, graphs)
         decoder = self._decoder
         count = how_many(cache_bytes, decoder.block_bytes, max_batch, self.max_context, decoder.device)
         self._decoder.make_room(count)
@@ -82,12 +85,17 @@ class Engine:
         self._schedule = Schedule(self._decoder, self._blocks, max_batch, step_tokens)
         self._numbers, self._arrivals = itertools.count(), itertools.count()
         self._requests: dict[int, Request] = {}  # all that are not forgotten: waiting, live or held
-        self._sampler: tuple[list[int], Sampler] = ([], Sampler([]))  # for these requests, in this order
+        self._draws = Draws()
 
     @property
     def native(self) -> bool:
         """Whether the native path is taken."""
         return self._decoder.exact
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: where its model was when it was made."""
+        return self._decoder.device
 
     @property
     def most_tokens(self) -> int:
@@ -134,7 +142,7 @@ class Engine:
         new = Request(number, next(self._arrivals), list(prompt), params, hold, tenant, tuple(prompt[:-1]), guide)
         if params.presence_penalty or params.frequency_penalty:
             new.counts = Counter()
-        if self.speculate and self._decoder.exact and not params.adjusting:
+        if self.speculate and self._decoder.guesses and not params.adjusting:
             new.lookup = Lookup()
         self._requests[number] = new
         self._schedule.add(new)
@@ -207,28 +215,7 @@ class Engine:
             return self._draw_guessed(live, guesses)
         ids, places, tables = [r.ids[-1] for r in live], [r.target for r in live], [r.blocks for r in live]
         logits = self._decoder.decode(ids, places, tables)
-        numbers = [r.id for r in live]
-        if self._sampler[0] != numbers:
-            self._sampler = (numbers, Sampler([r.params for r in live], logits.device))
-        adjusted = self._adjusted(live, logits)
-        tokens, logprobs = self._sampler[1](logits, [r.drawn for r in live], adjusted)
-        return [
-            self._drew(r, token, logprob, logits[i])
-            for i, (r, token, logprob) in enumerate(zip(live, tokens.tolist(), logprobs.tolist(), strict=True))
-        ]
-
-    def _adjusted(self, live: Sequence[Request], logits: Tensor) -> Tensor | None:
-        """The logits after penalties, biases and constraints; None where no request has any."""
-        changed = [i for i, r in enumerate(live) if r.params.adjusting]
-        if not changed:
-            return None
-        adjusted = logits.float() if logits.dtype != torch.float32 else logits.clone()
-        for i in changed:
-            r = live[i]
-            if r.guide is not None and r.mask is None:
-                r.mask = r.guide.mask()
-            adjust(adjusted[i], r.params, r.ids, r.counts or {}, r.mask)
-        return adjusted
+        return [self._drew(r, drawn) for r, drawn in zip(live, self._draws(live, logits), strict=True)]
 
     def _guesses(self, live: Sequence[Request]) -> list[list[int]]:
         """For each request tokens that may follow, as many as there is room for."""
@@ -242,28 +229,26 @@ class Engine:
     def _draw_guessed(self, live: Sequence[Request], guesses: list[list[int]]) -> list[Event]:
         """Read the guesses too, and draw after each of them as if it had been drawn: what comes after the first that
         was not is thrown away. Every draw is the one that would have been made without guesses."""
-        logits = self._decoder.verify(  # type: ignore[union-attr]  # only exact decoders guess
+        logits = self._decoder.verify(  # type: ignore[union-attr]  # only decoders that can are given guesses
             [r.last(guess) for r, guess in zip(live, guesses, strict=True)],
             [r.target for r in live],
             [r.blocks for r in live],
         )
         owners = [(r, i) for r, guess in zip(live, guesses, strict=True) for i in range(len(guess) + 1)]
-        sampler = Sampler([r.params for r, _ in owners], logits.device)
-        adjusted = self._adjusted([r for r, _ in owners], logits)
-        tokens, logprobs = sampler(logits, [r.drawn + i for r, i in owners], adjusted)
-        drawn = iter(zip(tokens.tolist(), logprobs.tolist(), logits, strict=True))
+        drawn = iter(self._draws([r for r, _ in owners], logits, [i for _, i in owners]))
         events: list[Event] = []
         for r, guess in zip(live, guesses, strict=True):
             going = True
             for wanted in (*guess, None):
-                token, logprob, row = next(drawn)
+                one = next(drawn)
                 if going:
-                    events.append(self._drew(r, token, logprob, row))
-                    going = events[-1].finish is None and token == wanted
+                    events.append(self._drew(r, one))
+                    going = events[-1].finish is None and one.token == wanted
         return events
 
-    def _drew(self, r: Request, token: int, logprob: float, logits: Tensor) -> Event:
+    def _drew(self, r: Request, drawn: Drawn) -> Event:
         """A token was drawn after the last one of `r`, which has been read."""
+        token = drawn.token
         self._schedule.has_read(r, 1)
         r.ids.append(token)
         r.drawn += 1
@@ -281,12 +266,11 @@ class Engine:
                 finish = "stop"
             elif not r.mask.any():  # it has become too much for its limits
                 finish = "length"
-        top = alternatives(logits, r.params.top_logprobs) if r.params.top_logprobs else ()
         if finish and r.hold:
             self._schedule.hold(r)
         elif finish:
             self.cancel(r.id)
-        return Event(r.id, token, logprob, finish, top)
+        return Event(r.id, token, drawn.logprob, finish, drawn.top)
 
     # ---- whole jobs -----------------------------------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ class NativeDecoder:
     """Packed weights of one model, adapters merged. `refresh()` after every change of the model's weights."""
 
     exact = True  # a token's bits do not depend on the batch
+    guesses = True
 
     def __init__(
         self,

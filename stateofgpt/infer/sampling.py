@@ -20,11 +20,13 @@ from torch import Tensor
 
 from stateofgpt.errors import ConfigError
 from stateofgpt.infer.grammar import Constraint
+from stateofgpt.infer.transfer import column, sent
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 BIAS = 100.0  # decides between any two logits
 ALTERNATIVES = 64
+_CPU = torch.device("cpu")
 _HEAD = 128  # how many of the most likely tokens top-p looks at before it sorts a whole row
 
 
@@ -114,21 +116,22 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
 class Sampler:
     """The parameters of the rows of a batch, as tensors: build once per set of rows, call once per step."""
 
-    def __init__(self, params: Sequence[SamplingParams], device: torch.device | None = None) -> None:
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+    def __init__(self, params: Sequence[SamplingParams], device: torch.device = _CPU) -> None:
+        def floats(values: list[float]) -> Tensor:
+            return column(values, torch.float32, device)[:, None]
 
         self._seeds = np.array([p.seed & _MASK for p in params], dtype=np.uint64)
-        self._greedy = torch.tensor([p.temperature == 0.0 for p in params], device=device)
-        self._any_greedy, self._all_greedy = bool(self._greedy.any()), bool(self._greedy.all())
+        greedy = [p.temperature == 0.0 for p in params]
+        self._greedy = column(greedy, torch.bool, device)
+        self._any_greedy, self._all_greedy = any(greedy), all(greedy)
         self._plain = all(p.temperature in (0.0, 1.0) for p in params)
-        self._temperature = column([p.temperature or 1.0 for p in params])
+        self._temperature = floats([p.temperature or 1.0 for p in params])
         self._max_k = max((p.top_k for p in params), default=0)
-        self._top_k = torch.tensor([p.top_k for p in params], device=device)[:, None]
+        self._top_k = column([p.top_k for p in params], torch.int64, device)[:, None]
         self._any_p = any(p.top_p < 1.0 for p in params)
-        self._top_p = column([p.top_p for p in params])
+        self._top_p = floats([p.top_p for p in params])
         self._any_min_p = any(p.min_p > 0.0 for p in params)
-        self._log_min_p = column([p.min_p for p in params]).log()
+        self._log_min_p = floats([p.min_p for p in params]).log()
 
     def __call__(
         self, logits: Tensor, positions: Sequence[int], adjusted: Tensor | None = None
@@ -142,11 +145,8 @@ class Sampler:
         if self._all_greedy:
             tokens = logprobs.argmax(-1)
         else:
-            u = uniforms(self._seeds, np.array(positions, dtype=np.uint64))
-            cdf = self._weights(logprobs).cumsum(-1)
-            target = torch.from_numpy(u).to(cdf.device)[:, None] * cdf[:, -1:]
-            # the first token whose cumulative weight exceeds the target: its own weight is above 0
-            tokens = torch.searchsorted(cdf, target, right=True)[:, 0]
+            u = torch.from_numpy(uniforms(self._seeds, np.array(positions, dtype=np.uint64)))
+            tokens = _first_above(self._weights(logprobs), sent(u, logits.device)[:, None])
             if self._any_greedy:
                 tokens = torch.where(self._greedy, logprobs.argmax(-1), tokens)
         return tokens, model.gather(1, tokens[:, None])[:, 0]
@@ -172,10 +172,23 @@ class Sampler:
         return torch.where(z >= floor, z.exp(), 0.0)
 
 
-def alternatives(logits: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """The `count` most likely tokens of one row of logits [V] with their log-probabilities, most likely first."""
-    found = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]))
-    return tuple(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+def _first_above(weights: Tensor, share: Tensor) -> Tensor:
+    """For each row of `weights` [n, V] the first token [n] with which their sum exceeds `share` [n, 1] of the whole."""
+    cdf = weights.cumsum(-1)
+    target = share * cdf[:, -1:]
+    if cdf.device.type == "cpu":  # added up one after the other: where the sum grows, the weight is above 0
+        return torch.searchsorted(cdf, target, right=True)[:, 0]
+    # a GPU adds up in parts, and by their rounding the sum may grow, or fall, at a token that must not be drawn
+    found = (cdf > target) & (weights > 0)
+    return torch.where(found.any(-1), found.int().argmax(-1), weights.argmax(-1))
+
+
+def alternatives(logits: Tensor, rows: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """The `count` most likely tokens of some `rows` of logits [n, V], most likely first, and their log-probabilities,
+    each [rows, count]."""
+    chosen = logits if len(rows) == len(logits) else logits[column(rows, torch.int64, logits.device)]
+    found = chosen.float().log_softmax(-1).topk(min(count, logits.shape[-1]))
+    return found.indices, found.values
 
 
 def _nucleus_floor(z: Tensor, floor: Tensor, top_p: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stateofgpt.errors import ModelError
+from stateofgpt.infer.transfer import column, sent
 from stateofgpt.model.gpt import GPT
 
 _LOGITS = 1 << 24  # held at once: 64 MiB in float32
@@ -67,7 +68,7 @@ def embed(model: GPT, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         raise ModelError("an empty text has no embedding; give at least one token")
     vectors: list[list[float]] = [[] for _ in sequences]
     for batch, ids in _batches(model, sequences, spare=0, per_token=model.config.hidden_size, most=_STATES):
-        sizes = torch.tensor([len(sequences[i]) for i in batch], device=ids.device)
+        sizes = column([len(sequences[i]) for i in batch], torch.int64, ids.device)
         inside = torch.arange(ids.shape[1], device=ids.device) < sizes[:, None]
         states = model.hidden(ids).float() * inside[:, :, None]
         for i, vector in zip(batch, F.normalize(states.sum(1) / sizes[:, None], dim=-1).tolist(), strict=True):
@@ -95,4 +96,4 @@ def _batches(
         ids = torch.zeros(len(batch), width + spare, dtype=torch.int64)
         for row, i in enumerate(batch):
             ids[row, : len(sequences[i])] = torch.tensor(sequences[i])
-        yield batch, ids.to(device)
+        yield batch, sent(ids, device)

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 class Config:
     """The address, how answers are sampled unless a request says otherwise, and limits; times in seconds.
 
-    `names` are further host names the server goes by; "*" any address in digits. `weights` and `cache` are what the
-    engines keep weights, and keys and values, in.
+    `names` are further host names the server goes by; "*" any address in digits. `device` is where the engines compute
+    (None: a GPU where there is one), `weights` and `cache` are what they keep weights, and keys and values, in (None:
+    float32 on the CPU, bfloat16 elsewhere).
     """
 
     host: str = "127.0.0.1"
@@ -23,8 +24,9 @@ class Config:
     temperature: float = 0.7
     max_tokens: int = 512
     seed: int = 0
-    weights: Precision = "float32"
-    cache: CachePrecision = "float32"
+    device: str | None = None
+    weights: Precision | None = None
+    cache: CachePrecision | None = None
     max_answers: int = 64  # being written, or waiting to be
     max_connections: int = 1024
     max_per_address: int = 64  # connections, loopback aside

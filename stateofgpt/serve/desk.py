@@ -64,7 +64,8 @@ class Desk:
     async def health(self, _: Request) -> Response:
         failed = self.service.shelf.failed
         status = "failed" if failed else "ok"
-        known = {"status": status, "model": self.assistant.name, "answers_running": len(self.running)}
+        model, running = self.assistant, len(self.running)
+        known = {"status": status, "model": model.name, "device": model.device, "answers_running": running}
         if hung := self.service.shelf.hung:
             known["reason"] = hung
         return JSONResponse(known, 503 if failed else 200)

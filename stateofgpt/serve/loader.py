@@ -26,6 +26,7 @@ from stateofgpt.infer.guide import Constraint, Guides
 from stateofgpt.infer.loop import EngineHung, EngineLoop
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.model.checkpoint import Lineage, load_model, read_lineage
+from stateofgpt.model.device import CPU, choose_device
 from stateofgpt.run import resolve_model
 from stateofgpt.serve.answering import Stop, Stopped
 from stateofgpt.text.chat import ChatFormat, Conversation, Message
@@ -33,6 +34,7 @@ from stateofgpt.text.tokenizer import Tokenizer
 
 TOKENS_PER_MESSAGE = 4  # a message takes at least so many, so more than context / 4 messages never fit
 STEP_TOKENS = 256  # of prompts, read between two tokens of the answers that are being written
+GPU_STEP_TOKENS = 4096  # there a few hundred take no less time than a few thousand
 MIN_ANSWER_TOKENS = 16  # room that must be left
 MOST_ROWS = 64  # answers that are written in one batch
 CLOSE_S = 30.0  # is waited for a step, then the engine is left behind
@@ -46,23 +48,29 @@ class ContextTooLong(ModelError):
 
 
 def load_assistant(
-    model_dir: Path, *, max_batch: int = 8, weights: Precision = "float32", cache: CachePrecision = "float32"
+    model_dir: Path,
+    *,
+    max_batch: int = 8,
+    weights: Precision | None = None,
+    cache: CachePrecision | None = None,
+    device: str | None = None,
 ) -> LoadedAssistant:
     """Load the checkpoint in `model_dir`; CheckpointError, one sentence, when that cannot be done.
 
-    `max_batch` answers are written at the same time; more wait for their turn. `weights` and `cache` as of `Engine`.
+    `max_batch` answers are written at the same time; more wait for their turn. `weights` and `cache` as of `Engine`;
+    `device` as of `choose_device`.
     """
-    model_dir = Path(model_dir)
+    model_dir, where = Path(model_dir), choose_device(device)
     lineage = read_lineage(model_dir)
     tokenizer = Tokenizer.load(model_dir)
     engine = Engine(
-        load_model(model_dir).eval(),
+        load_model(model_dir).eval().to(where),
         max_batch=min(max_batch, MOST_ROWS),
         native=True,
         weights=weights,
         cache=cache,
         prefixes=True,
-        step_tokens=STEP_TOKENS,
+        step_tokens=STEP_TOKENS if where == CPU else GPU_STEP_TOKENS,
         guides=_guides(tokenizer),
     )
     chat = ChatFormat(tokenizer)
@@ -90,6 +98,7 @@ class LoadedAssistant:
         self.name, self.lineage, self.id = about.name, about.lineage, about.id
         self.max_context, self.constrained = loop.max_context, loop.engine.guides is not None
         self.vocab_size = loop.engine.model.config.vocab_size
+        self.device = str(loop.engine.device)
 
     def __enter__(self) -> Self:
         return self

@@ -77,10 +77,11 @@ class _Now(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         yield GaugeMetricFamily("sog_answers_running", "answers being written or waiting", value=len(self._running))
-        info = GaugeMetricFamily("sog_model_info", "the models of this server", labels=["model", "id"])
+        info = GaugeMetricFamily("sog_model_info", "the models of this server", labels=["model", "id", "device"])
         engine = GaugeMetricFamily("sog_engine", "what the engine is doing", labels=["model", "what"])
         for name, held in self._shelf.models.items():
-            info.add_metric([name, getattr(held.assistant, "id", "")], 1.0)
+            about = (str(getattr(held.assistant, what, "")) for what in ("id", "device"))
+            info.add_metric([name, *about], 1.0)
             load = getattr(held.assistant, "load", None)
             for what, value in (load() if load is not None else {}).items():
                 engine.add_metric([name, what], value)

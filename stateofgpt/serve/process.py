@@ -25,6 +25,7 @@ from starlette.applications import Starlette
 
 from stateofgpt.data.feedback import FeedbackStore
 from stateofgpt.errors import ServeError, StateOfGptError
+from stateofgpt.model.device import choose_device
 from stateofgpt.serve.access import Access
 from stateofgpt.serve.app import create_app
 from stateofgpt.serve.config import Config
@@ -54,7 +55,11 @@ def serve(
         from stateofgpt.serve.loader import load_assistant
 
         load = functools.partial(
-            load_assistant, max_batch=config.max_answers, weights=config.weights, cache=config.cache
+            load_assistant,
+            max_batch=config.max_answers,
+            weights=config.weights,
+            cache=config.cache,
+            device=choose_device(config.device),
         )
         shelf = Shelf.open(folders, load)
         try:

@@ -33,12 +33,19 @@ MAX_TOKENS = 512
 _BIDI = frozenset(range(0x202A, 0x202F)) | frozenset(range(0x2066, 0x206A)) | {0x200E, 0x200F, 0x061C}
 
 
-def chat(model_dir: Path, feedback: Path | None, temperature: float, seed: int, weights: Precision = "float32") -> None:
+def chat(
+    model_dir: Path,
+    feedback: Path | None,
+    temperature: float,
+    seed: int,
+    weights: Precision | None = None,
+    device: str | None = None,
+) -> None:
     """Chat with the model in a folder on the standard streams; with `feedback`, store what is said there."""
     from stateofgpt.serve.loader import load_assistant
 
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=temperature, seed=seed)
-    with load_assistant(model_dir, max_batch=1, weights=weights) as assistant, ExitStack() as stack:
+    with load_assistant(model_dir, max_batch=1, weights=weights, device=device) as assistant, ExitStack() as stack:
         store = None if feedback is None else stack.enter_context(FeedbackStore(feedback))
         Terminal(assistant, store, params, sys.stdin, sys.stdout).run()
 
