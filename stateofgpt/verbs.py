@@ -186,7 +186,14 @@ def chat(options: argparse.Namespace) -> None:
     folder = resolve_model(options.model) if options.model else newest_model()
     from stateofgpt.serve.terminal import chat
 
-    chat(folder, options.feedback or feedback_of(folder), options.temperature, options.seed, options.weights, options.device)
+    chat(
+        folder,
+        options.feedback or feedback_of(folder),
+        options.temperature,
+        options.seed,
+        options.weights,
+        options.device,
+    )
 
 
 def serve(options: argparse.Namespace) -> None:

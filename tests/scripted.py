@@ -44,6 +44,7 @@ class ScriptedLoop:
         self.engine = SimpleNamespace(
             model=SimpleNamespace(config=SimpleNamespace(vocab_size=tokens.vocab_size)),
             guides=self._guide,
+            device="cpu",
             guide=lambda params: self._guide(params.constraint),
         )
         self.turn = None

@@ -176,13 +176,15 @@ def test_chat_and_serve_take_the_newest_assistant_and_keep_feedback_in_its_run(f
     checkpoint(tmp_path / "runs/old", "pretrain", "sft", "rl")
     os.utime(tmp_path / "runs/old/run.json", (1, 1))
     checkpoint(tmp_path / "runs/new", "pretrain", "sft")
-    assert main(["chat", "--temperature", "0"]) == 0
-    assert main(["serve", "old:rl", "--port", "8080", "--weights", "int8", "--cache", "bfloat16"]) == 0
+    assert main(["chat", "--temperature", "0", "--device", "cuda:1"]) == 0
+    assert (
+        main(["serve", "old:rl", "--device", "cpu", "--port", "8080", "--weights", "int8", "--cache", "bfloat16"]) == 0
+    )
     assert main(["serve", "runs/old/rl/checkpoint", "--feedback", "f.sqlite"]) == 0
     old, new = Path("runs/old/rl/checkpoint"), Path("runs/new/sft/checkpoint")
-    config = Config(port=8080, weights="int8", cache="bfloat16")
+    config = Config(port=8080, device="cpu", weights="int8", cache="bfloat16")
     assert fakes.calls == [
-        ("chat", new, (tmp_path / "runs/new/feedback.sqlite"), 0.0, 0, "float32"),
+        ("chat", new, (tmp_path / "runs/new/feedback.sqlite"), 0.0, 0, None, "cuda:1"),
         ("serve", [old], tmp_path / "runs/old/feedback.sqlite", config, None),
         ("serve", [old], Path("f.sqlite"), Config(), None),
     ]
@@ -404,8 +406,8 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     class Engine:
         max_context = 2
 
-        def __init__(self, model: object, **_: object) -> None:
-            assert model == "model"
+        def __init__(self, model: types.SimpleNamespace, **_: object) -> None:
+            assert model.moved == ["cpu"]
 
         def complete(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
             assert all(prompt[0] == 256 for prompt in prompts)
@@ -415,10 +417,16 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         def score(self, sequences: list[list[int]]) -> list[list[float]]:
             return [[-float(token) for token in ids[1:]] for ids in sequences]
 
+    def load_model(folder: Path) -> types.SimpleNamespace:
+        loaded = types.SimpleNamespace(moved=[])
+        loaded.to = lambda device: (loaded.moved.append(device), loaded)[1]
+        return loaded
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for name, content in {
         "stateofgpt.text.tokenizer": {"Tokenizer": Tokenizer},
         "stateofgpt.infer.engine": {"Engine": Engine, "SamplingParams": types.SimpleNamespace},
-        "stateofgpt.model.checkpoint": {"load_model": lambda folder: "model"},
+        "stateofgpt.model.checkpoint": {"load_model": load_model},
     }.items():
         fake = types.ModuleType(name)
         fake.__dict__.update(content)

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from starlette.testclient import TestClient
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from twin_device import twin
 
 from stateofgpt.assistant.session import Done, TextDelta
 from stateofgpt.data.feedback import FeedbackStore
-from stateofgpt.errors import CheckpointError, ModelError
+from stateofgpt.errors import CheckpointError, ConfigError, ModelError
 from stateofgpt.infer.forward import NativeDecoder
 from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.model.checkpoint import save_checkpoint
@@ -25,6 +27,8 @@ from stateofgpt.serve.config import Config
 from stateofgpt.serve.loader import LoadedAssistant, load_assistant
 from stateofgpt.text.chat import Message
 from stateofgpt.text.tokenizer import Tokenizer
+
+__all__ = ["twin"]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,25 @@ def test_weights_and_cache_are_kept_as_asked(folder: Path, assistant: LoadedAssi
         assert isinstance(own, NativeDecoder) and own.precision == "int8"
         assert 2 * own.block_bytes == other.block_bytes
         assert run(small, "What is 4729?").messages
+
+
+def test_on_another_device_it_passes_its_smoke_test_and_says_the_same(
+    folder: Path, assistant: LoadedAssistant, twin: str, tmp_path: Path
+) -> None:
+    params = SamplingParams(max_tokens=24, temperature=0.0)
+    with sdpa_kernel(SDPBackend.MATH), load_assistant(folder, weights="float32", device=twin) as there:
+        assert (there.device, assistant.device) == ("twin:0", "cpu")
+        with TestClient(create_app(there, FeedbackStore(tmp_path / "f.sqlite")), base_url="http://127.0.0.1") as client:
+            assert client.get("/health").json()["devices"] == client.get("/api/health").json()["devices"] == ["twin:0"]
+            assert 'device="twin:0"' in client.get("/metrics").text
+        there.smoke_test()
+        stopped = threading.Event()
+        (*_, here), (*_, found) = (answer(x, ask("What is it?"), params, stopped) for x in (assistant, there))
+        assert isinstance(found, Answer) and isinstance(here, Answer) and found.messages == here.messages
+    with pytest.raises(ModelError, match=r"int8 weights need a CPU .* the model is on twin:0"):
+        load_assistant(folder, weights="int8", device=twin)
+    with pytest.raises(ConfigError, match="'twin:7' is not on this machine"):
+        load_assistant(folder, device="twin:7")
 
 
 def test_the_same_seed_gives_the_same_answer_alone_and_among_others(assistant: LoadedAssistant) -> None:

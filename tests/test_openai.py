@@ -544,12 +544,15 @@ def test_tokens_come_and_go(client: TestClient, script: ScriptedLoop) -> None:
 
 def test_health_readiness_version_and_metrics(client: TestClient) -> None:
     client.post(CHAT, json=ASK)
-    assert client.get("/health").json() == {"status": "ok"} and client.get("/version").json()["version"]
+    assert (
+        client.get("/health").json() == {"status": "ok", "devices": ["cpu"]}
+        and client.get("/version").json()["version"]
+    )
     assert client.get("/ready").json()["status"] == "ready"
     text = client.get("/metrics").text
     assert 'sog_answers_total{finish="stop",model="run:rl"} 1.0' in text
     assert 'sog_time_to_first_token_seconds_count{model="run:rl"} 1.0' in text
-    assert 'sog_model_info{id="0123abcd",model="run:rl"} 1.0' in text
+    assert 'sog_model_info{device="cpu",id="0123abcd",model="run:rl"} 1.0' in text
     assert 'sog_requests_total{route="/v1/chat/completions",status="200"} 1.0' in text
     assert "2+2" not in text  # nothing of what was said
 

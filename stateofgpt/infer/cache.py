@@ -42,12 +42,14 @@ def blocks_of(tokens: int) -> int:
 
 def how_many(cache_bytes: int | None, block_bytes: int, max_batch: int, max_context: int, device: torch.device) -> int:
     """The number of blocks: as many as `cache_bytes` hold, or by default all that could be of use and a quarter of the
-    free memory (of a GPU's half) has room for. Never more than twice what full rows need (the second half keeps prefixes), never less
-    than one full row: ConfigError where `cache_bytes` is."""
+    free memory (of a GPU's half) has room for. Never more than twice what full rows need (the second half keeps
+    prefixes), never less than one full row: ConfigError where `cache_bytes` is."""
     row = blocks_of(max_context)
     useful = 2 * row * max_batch
     if cache_bytes is None:
-        return min(useful, max(row, free_memory(device) // (GPU_SHARE if device.type == "cuda" else SHARE) // block_bytes))
+        return min(
+            useful, max(row, free_memory(device) // (GPU_SHARE if device.type == "cuda" else SHARE) // block_bytes)
+        )
     if cache_bytes < row * block_bytes:
         raise ConfigError(
             f"cache_bytes is {cache_bytes:,}, and one text of {max_context} tokens needs {row * block_bytes:,}; give "

@@ -44,7 +44,7 @@ class Draws:
         tokens, logprobs = self._sampler[1](logits, positions, _adjusted(rows, logits))
         most = max(r.params.top_logprobs for r in rows)
         if not most:
-            return [Drawn(*each, ()) for each in zip(*fetched(tokens, logprobs), strict=True)]
+            return [Drawn(token, logprob, ()) for token, logprob in zip(*fetched(tokens, logprobs), strict=True)]
         asking = [i for i, r in enumerate(rows) if r.params.top_logprobs]
         found = fetched(tokens, logprobs, *alternatives(logits, asking, most))
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)

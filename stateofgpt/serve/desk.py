@@ -64,8 +64,8 @@ class Desk:
     async def health(self, _: Request) -> Response:
         failed = self.service.shelf.failed
         status = "failed" if failed else "ok"
-        model, running = self.assistant, len(self.running)
-        known = {"status": status, "model": model.name, "device": model.device, "answers_running": running}
+        known: dict[str, Any] = {"status": status, "model": self.assistant.name, "answers_running": len(self.running)}
+        known["devices"] = self.service.shelf.devices
         if hung := self.service.shelf.hung:
             known["reason"] = hung
         return JSONResponse(known, 503 if failed else 200)

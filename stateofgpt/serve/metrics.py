@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from stateofgpt.assistant.session import CallDelta, TextDelta
 from stateofgpt.serve.answering import Answer
-from stateofgpt.serve.shelf import Shelf
+from stateofgpt.serve.shelf import Shelf, device_of
 from stateofgpt.serve.streams import Running
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -80,8 +80,7 @@ class _Now(Collector):
         info = GaugeMetricFamily("sog_model_info", "the models of this server", labels=["model", "id", "device"])
         engine = GaugeMetricFamily("sog_engine", "what the engine is doing", labels=["model", "what"])
         for name, held in self._shelf.models.items():
-            about = (str(getattr(held.assistant, what, "")) for what in ("id", "device"))
-            info.add_metric([name, *about], 1.0)
+            info.add_metric([name, getattr(held.assistant, "id", ""), device_of(held)], 1.0)
             load = getattr(held.assistant, "load", None)
             for what, value in (load() if load is not None else {}).items():
                 engine.add_metric([name, what], value)

@@ -95,6 +95,11 @@ class Shelf:
             return dict(self._models)
 
     @property
+    def devices(self) -> list[str]:
+        """What the models' engines compute on."""
+        return sorted({device_of(held) for held in self.models.values()})
+
+    @property
     def failed(self) -> list[str]:
         """The names of models whose engines do not run any more."""
         return [name for name, held in self.models.items() if not getattr(held.assistant, "alive", True)]
@@ -168,6 +173,11 @@ class Shelf:
             later = threading.Timer(SETTLE_S, settle)  # when whoever used it last has let go of it
             later.daemon = True
             later.start()
+
+
+def device_of(held: Held) -> str:
+    """What a model's engine computes on; "cpu" of one that has none."""
+    return str(getattr(held.assistant, "device", "cpu"))
 
 
 def settle() -> None:

@@ -84,7 +84,7 @@ async def health(service: Service, _: Request) -> Response:
     """Alive: the process answers, and every model's engine runs."""
     failed, hung = service.shelf.failed, service.shelf.hung
     if not failed:
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", "devices": service.shelf.devices})
     return JSONResponse({"status": "failed", "failed": failed, **({"reason": hung} if hung else {})}, 503)
 
 
