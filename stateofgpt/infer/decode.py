@@ -164,8 +164,12 @@ class Decoder:
         h = layer.up(layer.norm_mlp(x))
         if self.config.arch == "gpt2":
             return layer.down.added(x, F.gelu(h, approximate="tanh"))
-        gate, up = h.chunk(2, dim=-1)
-        return layer.down.added(x, F.silu(gate).mul_(up))
+        return layer.down.added(x, self._gated(h))
+
+    def _gated(self, both: Tensor) -> Tensor:
+        """SwiGLU's product [N, I] of gate and up, `both` [N, 2 I]."""
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
     # ---- memory ---------------------------------------------------------------------------------------------------
 

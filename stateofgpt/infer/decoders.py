@@ -45,5 +45,9 @@ def make_decoder(
     chosen = {"bfloat16": torch.bfloat16, "float32": dtype or torch.float32, None: dtype or usual}[weights]
     if device.type == "cpu":
         return Decoder(model, chosen, max_context)
-    capture = CudaGraphs(device) if graphs and device.type == "cuda" else as_it_is
-    return StaticDecoder(model, chosen, max_context, capture)
+    if device.type != "cuda":
+        return StaticDecoder(model, chosen, max_context, as_it_is)
+    from stateofgpt.infer import paged  # and Triton with it
+
+    capture = CudaGraphs(device) if graphs else as_it_is
+    return StaticDecoder(model, chosen, max_context, capture, paged.load(model.config, chosen, device))

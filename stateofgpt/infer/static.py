@@ -7,14 +7,15 @@ sampling, and runs on every device, though on CPUs padding costs more than launc
 A step has room for a number of rows and a number of blocks per row, both of the sizes 1, 2, 3, 4, 6, 8, 12, 16 ...; all
 that differs from one step to the next (ids, positions, tables) is one tensor that is copied there at once. Rows that
 are nobody's read and write a block that is nobody's. Blocks lie as [head][position], so that what a head reads of a
-block is one piece of memory, and a row's keys and values are gathered in one look-up.
+block is one piece of memory. On a GPU with Triton the kernels of `infer.paged` read the blocks where they lie; without
+it a row's keys and values are gathered in one look-up, and torch attends to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from stateofgpt.infer.capture import Capture, Step
 from stateofgpt.infer.decode import Decoder
 from stateofgpt.infer.transfer import pinned
 from stateofgpt.model.gpt import GPT
+
+if TYPE_CHECKING:
+    from stateofgpt.infer.paged import Kernels
 
 _LEAST_BLOCKS = 8  # of a row: shorter texts cost no less
 
@@ -42,8 +46,10 @@ class StaticDecoder(Decoder):
     guesses = True
     at_once = 16384
 
-    def __init__(self, model: GPT, dtype: torch.dtype, max_context: int, capture: Capture) -> None:
-        self.capture = capture
+    def __init__(
+        self, model: GPT, dtype: torch.dtype, max_context: int, capture: Capture, kernels: Kernels | None = None
+    ) -> None:
+        self.capture, self.kernels = capture, kernels
         self._steps: dict[tuple[int, int], _Recorded] = {}
         self._logits: dict[int, Tensor] = {}  # by the number of rows
         self._weights: list[Tensor] = []  # in the order in which they are taken
@@ -85,7 +91,7 @@ class StaticDecoder(Decoder):
         c = self.config
         shape = (c.num_hidden_layers, 2, blocks + 1, c.num_key_value_heads, BLOCK, c.head_dim)
         memory = zeroed(shape, self.dtype, self.device)
-        self._pool = memory.transpose(3, 4)  # as others see it
+        self._memory, self._pool = memory, memory.transpose(3, 4)  # as it lies, and as others see it
         pieces = memory.flatten(1, 3).flatten(2)  # [layers, 2 (blocks + 1) KVH, BLOCK D]
         # whole words are copied faster than halves of them
         self._pieces = pieces.view(torch.int64) if pieces.shape[-1] * self.dtype.itemsize % 8 == 0 else pieces
@@ -146,11 +152,25 @@ class StaticDecoder(Decoder):
     def _step(self, inputs: Tensor, logits: Tensor) -> None:
         """What is recorded: from `inputs` to `logits`, and nothing but tensors between."""
         table = inputs[:, 2:]
-        x = self._decoded(inputs[:, 0], inputs[:, 1], table, table.shape[1] * BLOCK)
+        if self.kernels is not None:
+            x = self._with_kernels(self.kernels, inputs)
+        else:
+            x = self._decoded(inputs[:, 0], inputs[:, 1], table, table.shape[1] * BLOCK)
         if logits.dtype == x.dtype:
             torch.mm(x, self._head.t(), out=logits)
         else:
             torch.mm(x, self._head.t(), out_dtype=logits.dtype, out=logits)
+
+    def _with_kernels(self, kernels: Kernels, inputs: Tensor) -> Tensor:
+        """As `_decoded`."""
+        x = self._embedded(inputs[:, 0], inputs[:, 1])
+        for layer, memory in zip(self._layers, self._memory, strict=True):
+            qkv = layer.qkv(layer.norm_in(x))
+            x = self._rest(layer, x, kernels.attention(qkv, self._turns, layer.qk_gain, inputs, memory))
+        return self._norm(x)
+
+    def _gated(self, both: Tensor) -> Tensor:
+        return super()._gated(both) if self.kernels is None else self.kernels.gated(both)
 
 
 def rounded(count: int) -> int:
