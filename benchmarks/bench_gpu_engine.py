@@ -9,7 +9,8 @@ over what is left is skipped, and a run that was cut short says `whole: false`.
 
 `bandwidth`: bytes read and written in a second by a copy of 2 GiB: what a step is held against.
 `gate`: in float32 the engine and `generate` draw the same 64 greedy ids, for each of four prompts.
-`stream`: tokens per second of 1 and of 64 rows in bfloat16, with CUDA graphs and without; `share` is the bytes of
+`stream`: tokens per second of 1 and of 64 rows in bfloat16, with CUDA graphs and Triton's kernels, with torch's
+operations in the graphs, and with neither; `share` is the bytes of
 weights and cache that a step must read, over its time, over the bandwidth. Prompts: tokens read per second, 64 of 512.
 `load`: requests with a shared prefix of 128 tokens, 16 to 256 of their own and 8 to 256 to draw. All at once: useful
 tokens per second, against padded batches of `generate` (sorted by length) and transformers' continuous batching. As 64
@@ -170,9 +171,12 @@ class Bench:
         model, found = self.model(self.size.shapes[name]), dict[str, Any]()
         found["parameters"] = model.n_params()
         for rows in (1, self.size.rows):
-            for graphs in (True, False):
-                engine = Engine(model, max_batch=rows, graphs=graphs, weights="bfloat16")
-                found[f"{rows} rows{'' if graphs else ' without graphs'}"] = self.stream(engine, rows)
+            for way in ("", " with torch's attention", " with neither"):
+                engine = Engine(model, max_batch=rows, graphs=way != " with neither", weights="bfloat16")
+                if way and hasattr(engine._decoder, "kernels"):
+                    engine._decoder.kernels = None
+                found[f"{rows} rows{way}"] = self.stream(engine, rows)
+        found["kernels"] = getattr(Engine(model, max_batch=1)._decoder, "kernels", None) is not None
         found["prompts"] = self.prompts(Engine(model, max_batch=self.size.rows, weights="bfloat16"))
         if self.left > 30:
             peer, prompt = self.peer(model, torch.bfloat16), self.ids(self.size.prompt, model.config.vocab_size, 0)

@@ -59,4 +59,6 @@ class CudaGraphs:
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graph of a step, it runs without: {error}", RuntimeWarning, stacklevel=2)
                 return step
+            finally:
+                torch.cuda.set_stream(theirs)  # a recording that breaks off leaves its own behind
         return graph.replay
