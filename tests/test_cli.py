@@ -475,6 +475,16 @@ def test_logprobs_of_an_empty_or_absent_file_is_one_sentence(
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["sample"], ["logprobs", "--text", "ab"]])
+def test_a_device_that_is_not_there_is_one_sentence(
+    model: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([words[0], str(model), *words[1:], "--device", "cuda:99"]) == 2
+    assert "'cuda:99' is not on this machine" in capsys.readouterr().err
+    assert main([words[0], str(model), *words[1:], "--device", "gpu"]) == 2
+    assert "there is no device 'gpu'" in capsys.readouterr().err
+
+
 def test_sample_gives_every_continuation_its_own_seed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["sample", str(model), "--prompt", "--n", "--max-tokens", "5", "--temperature", "0", "--seed", "3"]
     assert main(words) == 0

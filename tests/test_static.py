@@ -146,7 +146,7 @@ def load_of(seed: int) -> list[tuple[list[int], SamplingParams, int, str]]:
             max_tokens=rng.randrange(2, 16), temperature=rng.choice([0.0, 0.5, 1.0]), top_k=rng.choice([0, 5]),
             top_p=rng.choice([1.0, 0.8]), min_p=rng.choice([0.0, 0.05]), seed=rng.randrange(4), constraint=constraint,
             repetition_penalty=rng.choice([1.0, 1.3]), frequency_penalty=rng.choice([0.0, 0.5]),
-            logit_bias=rng.choice([(), ((5, 2.0),)]), top_logprobs=rng.choice([0, 0, 3]),
+            logit_bias=rng.choice([(), ((5, 2.0),)]), top_logprobs=rng.choice([0, 0, 2, 3]),
         )  # fmt: skip
         made += [(prompt, params, rng.randrange(4), rng.choice(["", "a"]))] * rng.choice([1, 1, 3])
     return made
@@ -184,7 +184,8 @@ def test_an_engine_on_another_device_draws_what_it_draws_on_the_cpu(
     engine = Engine(make_model(arch, kv_heads).to(twin), **settings, speculate=3)
     assert engine.device.type == twin and isinstance(engine._decoder, StaticDecoder)
     found, preempted[twin] = ran(engine, load)
-    for here, there in zip(wanted, found, strict=True):
+    for (_, params, _, _), here, there in zip(load, wanted, found, strict=True):
+        assert {len(e.top) for e in there} == {params.top_logprobs}
         assert [(e.token, e.finish) for e in here] == [(e.token, e.finish) for e in there]
         assert [e.logprob for e in here] == pytest.approx([e.logprob for e in there], abs=1e-4)
         for one, other in zip(here, there, strict=True):
@@ -192,18 +193,37 @@ def test_an_engine_on_another_device_draws_what_it_draws_on_the_cpu(
     assert preempted["cpu"] or settings["cache_bytes"] > 4 * size
 
 
-def test_guesses_that_are_right_are_drawn_in_one_step_and_change_nothing() -> None:
+def going_round() -> GPT:
+    """A model whose most likely next token is always the one after, from 11 back to 6."""
     model = make_model()
-    prompt = [7, 8, 9, 10, 11, 12] * 4
-    params = SamplingParams(max_tokens=20, temperature=0.0, logit_bias=())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "proj" in name:
+                p.zero_()
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight.roll(1, 0))
+        model.lm_head.weight[12] = 0.0
+        model.lm_head.weight[6] = model.model.embed_tokens.weight[11]
+        model.model.norm.weight.fill_(1.0)
+    return model
+
+
+@pytest.mark.parametrize("way", ["as it is", "recorded"])
+def test_guesses_that_are_right_are_drawn_in_one_step_and_change_nothing(way: str) -> None:
+    model = going_round()
     plain, _ = static_engine(model, as_it_is)
-    capture = Recorder()
-    guessing, _ = static_engine(model, capture, speculate=4)
-    wanted = plain.complete([prompt], params)[0]
-    found = guessing.complete([prompt], params)[0]
-    assert found.ids == wanted.ids == naive_greedy(model, prompt, 20).ids
-    again = [*prompt, *wanted.ids, *prompt]  # what follows stands there already, if the model repeats itself or not
-    assert guessing.complete([again[:60]], params)[0].ids == plain.complete([again[:60]], params)[0].ids
+    guessing, _ = static_engine(model, Recorder() if way == "recorded" else as_it_is, speculate=4)
+    for temperature, seed in ((0.0, 0), (8.0, 1), (8.0, 2), (8.0, 3)):
+        params = SamplingParams(max_tokens=40, temperature=temperature, seed=seed, top_logprobs=1)
+        drawn = []
+        for engine in (plain, guessing):
+            request = engine.add([5, 6, 7, 8, 9, 10, 11, 6, 7], params)
+            steps, events = 0, list[Event]()
+            while engine.unfinished(request):
+                events += engine.step()
+                steps += 1
+            drawn.append([(e.token, e.finish, e.top[0][0]) for e in events])
+        assert drawn[0] == drawn[1] and steps < 40
+        assert (temperature == 0.0) == all(token == best for token, _, best in drawn[0])  # not all guesses are right
 
 
 def test_scores_and_embeddings_on_another_device_are_those_of_the_cpu(twin: str) -> None:

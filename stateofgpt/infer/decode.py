@@ -55,6 +55,12 @@ class _Linear:
         """`x` plus the projection of `y`, both [N, .]."""
         return torch.addmm(x if self.bias is None else x + self.bias, y, self.transposed)
 
+    def add_to(self, x: Tensor, y: Tensor) -> None:
+        """Add the projection of `y` to `x`: on a GPU that saves a copy."""
+        if self.bias is not None:
+            x.add_(self.bias)
+        x.addmm_(y, self.transposed)
+
 
 @dataclass
 class _Layer:
@@ -161,14 +167,13 @@ class Decoder:
     def _rest(self, layer: _Layer, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection and feed-forward with their residuals; `x` and `attended` are [N, C] and [N, H D]."""
         x = layer.out.added(x, attended)
-        h = layer.up(layer.norm_mlp(x))
-        if self.config.arch == "gpt2":
-            return layer.down.added(x, F.gelu(h, approximate="tanh"))
-        return layer.down.added(x, self._gated(h))
+        return layer.down.added(x, self._active(layer.up(layer.norm_mlp(x))))
 
-    def _gated(self, both: Tensor) -> Tensor:
-        """SwiGLU's product [N, I] of gate and up, `both` [N, 2 I]."""
-        gate, up = both.chunk(2, dim=-1)
+    def _active(self, h: Tensor) -> Tensor:
+        """What the feed-forward multiplies or bends: [N, I] of [N, 2 I] gates and ups, or of [N, I]."""
+        if self.config.arch == "gpt2":
+            return F.gelu(h, approximate="tanh")
+        gate, up = h.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     # ---- memory ---------------------------------------------------------------------------------------------------

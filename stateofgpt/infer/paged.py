@@ -7,12 +7,14 @@ no other; where it is missing, or cannot compile here, `load` says None and torc
 Four kernels take the place of some fifteen per layer. `_prepare` normalises and turns the queries and keys of a token
 and puts its keys and values into their block. `_attend` reads the blocks of a row in place, each program a share of
 its positions (split as in Flash-Decoding, with the running softmax of arXiv 2205.14135), so that even one long text
-keeps a whole GPU busy; `_combine` adds the shares up. `_gate` is SwiGLU's product. All sums are in float32.
+keeps a whole GPU busy; `_combine` adds the shares up, where there are several. `_gate` is SwiGLU's product. All sums
+are in float32.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -81,12 +83,12 @@ def _prepare(
 
 @_kernel
 def _attend(
-    queries, pool, inputs, sums, weights, blocks, width, scale,
+    queries, pool, inputs, sums, weights, attended, blocks, width, scale,
     H: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr,
     PADDED: tl.constexpr, PAGE: tl.constexpr, SHARES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The queries of one row that share a key head, over one share of its positions: sums of values, weighed, with the
-    largest score and the sum of the weights, of each."""
+    largest score and the sum of the weights, of each; where there is but one share, what is attended to."""
     row, head, share = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(inputs + row * width + 1) + 1
     part = tl.cdiv(tl.cdiv(length, SHARES), CHUNK) * CHUNK
@@ -99,7 +101,7 @@ def _attend(
     most = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
     whole = tl.zeros((GROUP_PADDED,), tl.float32)
     found = tl.zeros((GROUP_PADDED, PADDED), tl.float32)
-    values = pool + blocks * KVH * PAGE * D
+    values = pool + tl.cast(blocks, tl.int64) * KVH * PAGE * D
     for at in range(begin, end, CHUNK):
         place = at + tl.arange(0, CHUNK)
         seen = place < end
@@ -115,9 +117,14 @@ def _attend(
         whole = whole * fade + tl.sum(weight, 1)
         most = above
     at_query = (first_query + g) * SHARES + share
-    tl.store(sums + at_query[:, None] * D + d[None, :], found, mask=own[:, None] & deep[None, :])
-    tl.store(weights + at_query * 2, most, mask=own)
-    tl.store(weights + at_query * 2 + 1, whole, mask=own)
+    place = at_query[:, None] * D + d[None, :]
+    if SHARES == 1:
+        out = (found / whole[:, None]).to(attended.dtype.element_ty)
+        tl.store(attended + place, out, mask=own[:, None] & deep[None, :])
+    else:
+        tl.store(sums + place, found, mask=own[:, None] & deep[None, :])
+        tl.store(weights + at_query * 2, most, mask=own)
+        tl.store(weights + at_query * 2 + 1, whole, mask=own)
 
 
 @_kernel
@@ -183,14 +190,15 @@ class Kernels:
                 NORMED=gain is not None,
             )  # fmt: skip
             _attend[rows, c.num_key_value_heads, shares](
-                queries, pool, inputs, sums, weights, blocks, width, c.head_dim**-0.5, **size, GROUP=self._group,
-                GROUP_PADDED=max(16, triton.next_power_of_2(self._group)), PADDED=self._padded, SHARES=shares,
-                CHUNK=_CHUNK,
+                queries, pool, inputs, sums, weights, attended, blocks, width, c.head_dim**-0.5, **size,
+                GROUP=self._group, GROUP_PADDED=max(16, triton.next_power_of_2(self._group)), PADDED=self._padded,
+                SHARES=shares, CHUNK=_CHUNK,
             )  # fmt: skip
-            _combine[(rows * c.num_attention_heads,)](
-                sums, weights, attended, D=c.head_dim, PADDED=self._padded, SHARES=shares,
-                SHARES_PADDED=triton.next_power_of_2(shares),
-            )  # fmt: skip
+            if shares > 1:
+                _combine[(rows * c.num_attention_heads,)](
+                    sums, weights, attended, D=c.head_dim, PADDED=self._padded, SHARES=shares,
+                    SHARES_PADDED=triton.next_power_of_2(shares),
+                )  # fmt: skip
         return attended.flatten(1)
 
     def gated(self, both: Tensor) -> Tensor:
@@ -209,15 +217,19 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
 
 @lru_cache(maxsize=16)
 def load(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> Kernels | None:
-    """The kernels for models of this shape; None where there is no Triton, where it cannot compile, or where they do
-    not agree with torch."""
+    """The kernels for models of this shape; None where there is no Triton, or, with a warning, where it cannot compile
+    or they do not agree with torch."""
     if triton is None or config.head_dim % 2:
         return None
     try:
         made = Kernels(config, device)
-        return made if _agree(made, config, dtype, device) else None
-    except Exception:  # of a compiler and a driver: whatever it is, there is another way
-        return None
+        if _agree(made, config, dtype, device):
+            return made
+        why = "they do not give torch's numbers"
+    except Exception as error:  # of a compiler and a driver: whatever it is, there is another way
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    warnings.warn(f"the kernels in Triton are not used here: {why}", RuntimeWarning, stacklevel=2)
+    return None
 
 
 @torch.inference_mode()

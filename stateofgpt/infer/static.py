@@ -55,8 +55,7 @@ class StaticDecoder(Decoder):
         self._weights: list[Tensor] = []  # in the order in which they are taken
         self._whole = blocks_of(max_context)
         super().__init__(model, dtype, max_context)
-        exact_head = self.device.type == "cuda" and dtype.itemsize < 4  # only CUDA's products can round less
-        self._logits_dtype = torch.float32 if exact_head else dtype
+        self._logits_dtype = torch.float32 if _rounds_late(dtype, self.device) else dtype
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
@@ -166,17 +165,34 @@ class StaticDecoder(Decoder):
         x = self._embedded(inputs[:, 0], inputs[:, 1])
         for layer, memory in zip(self._layers, self._memory, strict=True):
             qkv = layer.qkv(layer.norm_in(x))
-            x = self._rest(layer, x, kernels.attention(qkv, self._turns, layer.qk_gain, inputs, memory))
+            layer.out.add_to(x, kernels.attention(qkv, self._turns, layer.qk_gain, inputs, memory))
+            layer.down.add_to(x, self._active(layer.up(layer.norm_mlp(x))))
         return self._norm(x)
 
-    def _gated(self, both: Tensor) -> Tensor:
-        return super()._gated(both) if self.kernels is None else self.kernels.gated(both)
+    def _active(self, h: Tensor) -> Tensor:
+        if self.kernels is None or self.config.arch == "gpt2":
+            return super()._active(h)
+        return self.kernels.gated(h)
 
 
 def rounded(count: int) -> int:
     """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24 ... that is not below `count`: at most half as much again."""
     above = 1 << (count - 1).bit_length()
     return above * 3 // 4 if above >= 4 and count <= above * 3 // 4 else above
+
+
+def _rounds_late(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a product of `dtype` can give its sums as they are, in float32, as CUDA's can: a logit of 20 in bfloat16
+    is one of 20 and 20.125."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    try:
+        some = torch.ones(16, 16, dtype=dtype, device=device)
+        out = torch.empty(16, 16, dtype=torch.float32, device=device)
+        torch.mm(some, some.t(), out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):  # an older torch, or another maker's GPU
+        return False
+    return bool((out == 16).all())
 
 
 def _laid_out(
