@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from made_elsewhere import TEXTS, llama
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from twin_device import twin
 
 from stateofgpt.errors import ConfigError
 from stateofgpt.infer.engine import Engine
@@ -23,6 +25,8 @@ from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
+
+__all__ = ["twin"]
 
 
 @pytest.fixture(scope="module", params=["own", "sentencepiece"])
@@ -199,3 +203,19 @@ def test_draws_with_a_guide_are_the_same_in_any_batch(guides: Guides, tokenizer:
     together = Engine(model, native=True, guides=guides, max_batch=4, prefixes=True, step_tokens=5)
     for prompt, one, found in zip(prompts, params, together.complete(prompts, params), strict=True):
         assert Engine(model, native=True, guides=guides, max_batch=1).complete([prompt], [one])[0] == found
+
+
+def test_an_engine_on_another_device_keeps_to_a_schema_with_the_same_tokens(
+    guides: Guides, tokenizer: Tokenizer, twin: str
+) -> None:
+    constraint = Constraint("json_schema", json.dumps(SCHEMA))
+    params = [SamplingParams(max_tokens=40, seed=i, constraint=constraint, stop_ids=tokenizer.stops) for i in range(6)]
+    found = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for device in ("cpu", twin):
+            model = model_of(tokenizer).to(device)
+            engine = Engine(model, weights="float32", guides=guides, max_batch=4, prefixes=True, speculate=3)
+            found.append(engine.complete([[1, 2, 3]] * 6, params))
+    assert [one.ids for one in found[0]] == [one.ids for one in found[1]]
+    ended = [tokenizer.decode_bytes(one.ids, inner=True).decode() for one in found[1] if one.finish == "stop"]
+    assert ended and all(map(object_of_the_schema, ended))
