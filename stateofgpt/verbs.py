@@ -121,12 +121,14 @@ def sample(options: argparse.Namespace) -> None:
     """Continuations of a prompt."""
     folder = resolve_model(options.model)
     from stateofgpt.infer.engine import Engine, SamplingParams
+    from stateofgpt.infer.transfer import room_on
     from stateofgpt.model.checkpoint import load_model
     from stateofgpt.model.device import choose_device
     from stateofgpt.text.tokenizer import Tokenizer
 
     device, tokenizer = choose_device(options.device), Tokenizer.load(folder)
-    engine = Engine(load_model(folder).to(device), native=True, max_batch=min(options.n, 64))
+    with room_on(device):
+        engine = Engine(load_model(folder).to(device), native=True, max_batch=min(options.n, 64))
     prompt = [tokenizer.eot, *tokenizer.encode(options.prompt)]
     params = [
         SamplingParams(
@@ -150,12 +152,14 @@ def logprobs(options: argparse.Namespace) -> None:
     folder = resolve_model(options.model)
     from stateofgpt.eval.likelihood import bits_per_byte, in_parts
     from stateofgpt.infer.engine import Engine
+    from stateofgpt.infer.transfer import room_on
     from stateofgpt.model.checkpoint import load_model
     from stateofgpt.model.device import choose_device
     from stateofgpt.text.tokenizer import Tokenizer
 
     device, tokenizer = choose_device(options.device), Tokenizer.load(folder)
-    engine = Engine(load_model(folder).to(device), max_batch=1)
+    with room_on(device):
+        engine = Engine(load_model(folder).to(device), max_batch=1)
     if options.file is not None:
         text = _text_of(options.file)
         ids = tokenizer.encode(text)

@@ -103,6 +103,15 @@ def test_on_another_device_it_passes_its_smoke_test_and_says_the_same(
         load_assistant(folder, device="twin:7")
 
 
+def test_a_device_that_is_full_is_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total ...")
+
+    monkeypatch.setattr(GPT, "to", full)
+    with pytest.raises(ModelError, match=r"not enough memory on cpu .* \(CUDA out of memory\); free some, take"):
+        load_assistant(folder, device="cpu")
+
+
 def test_the_same_seed_gives_the_same_answer_alone_and_among_others(assistant: LoadedAssistant) -> None:
     alone = [run(assistant, "What is 4729?", seed).messages for seed in range(4)]
     found: dict[int, object] = {}

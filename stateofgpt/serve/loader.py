@@ -25,6 +25,7 @@ from stateofgpt.infer.grammar import library
 from stateofgpt.infer.guide import Constraint, Guides
 from stateofgpt.infer.loop import EngineHung, EngineLoop
 from stateofgpt.infer.sampling import SamplingParams
+from stateofgpt.infer.transfer import room_on
 from stateofgpt.model.checkpoint import Lineage, load_model, read_lineage
 from stateofgpt.model.device import CPU, choose_device
 from stateofgpt.run import resolve_model
@@ -63,16 +64,17 @@ def load_assistant(
     model_dir, where = Path(model_dir), choose_device(device)
     lineage = read_lineage(model_dir)
     tokenizer = Tokenizer.load(model_dir)
-    engine = Engine(
-        load_model(model_dir).eval().to(where),
-        max_batch=min(max_batch, MOST_ROWS),
-        native=True,
-        weights=weights,
-        cache=cache,
-        prefixes=True,
-        step_tokens=STEP_TOKENS if where == CPU else GPU_STEP_TOKENS,
-        guides=_guides(tokenizer),
-    )
+    with room_on(where):
+        engine = Engine(
+            load_model(model_dir).eval().to(where),
+            max_batch=min(max_batch, MOST_ROWS),
+            native=True,
+            weights=weights,
+            cache=cache,
+            prefixes=True,
+            step_tokens=STEP_TOKENS if where == CPU else GPU_STEP_TOKENS,
+            guides=_guides(tokenizer),
+        )
     chat = ChatFormat(tokenizer)
     for note in chat.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -25,7 +25,6 @@ from starlette.applications import Starlette
 
 from stateofgpt.data.feedback import FeedbackStore
 from stateofgpt.errors import ServeError, StateOfGptError
-from stateofgpt.model.device import choose_device
 from stateofgpt.serve.access import Access
 from stateofgpt.serve.app import create_app
 from stateofgpt.serve.config import Config
@@ -59,7 +58,7 @@ def serve(
             max_batch=config.max_answers,
             weights=config.weights,
             cache=config.cache,
-            device=choose_device(config.device),
+            device=config.device,
         )
         shelf = Shelf.open(folders, load)
         try:
