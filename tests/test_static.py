@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import twin_device
 from recorded import Recorder
 from test_adjust import Countdown
 from test_engine import VOCAB, assert_same, make_model, naive_greedy, prompts_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 from twin_device import twin
 
 from stateofgpt.errors import ModelError
@@ -224,6 +226,36 @@ def test_guesses_that_are_right_are_drawn_in_one_step_and_change_nothing(way: st
             drawn.append([(e.token, e.finish, e.top[0][0]) for e in events])
         assert drawn[0] == drawn[1] and steps < 40
         assert (temperature == 0.0) == all(token == best for token, _, best in drawn[0])  # not all guesses are right
+
+
+@pytest.mark.parametrize("top_p,waits", [(1.0, 1), (0.9, 2)])
+def test_a_step_waits_for_the_device_once_and_for_a_nucleus_twice(
+    top_p: float, waits: int, twin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stateofgpt.infer.sampling._HEAD", 64)  # less than the vocabulary
+    engine = Engine(make_model().to(twin), weights="float32", max_batch=8, prefixes=True)
+    waited: list[str] = []
+    run = twin_device._run
+
+    def counting(func: Any, args: Any, kwargs: Any) -> Any:
+        leaves, name = tree_leaves((args, kwargs)), func._schema.name
+        back = any(isinstance(x, torch.device) and x.type == "cpu" for x in leaves)
+        if back or any(word in name for word in ("local_scalar", "item", "nonzero", "equal", "unique")):
+            waited.append(name)
+        return run(func, args, kwargs)
+
+    ways = [
+        SamplingParams(max_tokens=9, temperature=0.0, top_logprobs=2),
+        SamplingParams(max_tokens=9, seed=1, repetition_penalty=1.2, presence_penalty=0.5),
+        SamplingParams(max_tokens=9, seed=2, top_k=5, min_p=0.1, top_p=top_p, logit_bias=((3, 1.0),)),
+    ]
+    for prompt, params in zip(prompts_of(5, 20, 9), ways, strict=True):
+        engine.add(prompt, params)
+    monkeypatch.setattr(twin_device, "_run", counting)
+    monkeypatch.setattr(twin_device.TwinTensor, "tolist", None)  # a wait of its own, each
+    for step in range(1, 6):  # the first reads the prompts, too
+        assert len(engine.step()) == 3
+        assert len(waited) == waits * step, waited
 
 
 def test_scores_and_embeddings_on_another_device_are_those_of_the_cpu(twin: str) -> None:

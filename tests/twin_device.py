@@ -85,6 +85,12 @@ class _Module:
     def manual_seed_all(self, seed: int) -> None:
         pass
 
+    def get_rng_state(self, device: object = None) -> Tensor:
+        return torch.zeros(0, dtype=torch.uint8)  # what is random is the CPU's
+
+    def set_rng_state(self, state: Tensor, device: object = None) -> None:
+        pass
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
@@ -143,6 +149,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     def back(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
+        if id(x) in known and here:  # for the CPU it had nothing to do, for the twin it is a copy
+            return x.clone()
         return known[id(x)] if id(x) in known else x if here else TwinTensor(x)  # known: done in place
 
     return args[0] if name == "aten::copy_" else tree_map(back, out)

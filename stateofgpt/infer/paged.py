@@ -187,7 +187,7 @@ class Kernels:
             _prepare[rows, c.num_attention_heads + 2 * c.num_key_value_heads](
                 qkv, spun, inputs if gain is None else gain, inputs, queries, pool, blocks, width, c.rms_norm_eps,
                 **size, PADDED=triton.next_power_of_2(c.head_dim // 2), ROTARY=turns is not None,
-                NORMED=gain is not None,
+                NORMED=gain is not None, num_warps=1,
             )  # fmt: skip
             _attend[rows, c.num_key_value_heads, shares](
                 queries, pool, inputs, sums, weights, attended, blocks, width, c.head_dim**-0.5, **size,
@@ -197,7 +197,7 @@ class Kernels:
             if shares > 1:
                 _combine[(rows * c.num_attention_heads,)](
                     sums, weights, attended, D=c.head_dim, PADDED=self._padded, SHARES=shares,
-                    SHARES_PADDED=triton.next_power_of_2(shares),
+                    SHARES_PADDED=triton.next_power_of_2(shares), num_warps=2,
                 )  # fmt: skip
         return attended.flatten(1)
 
