@@ -274,7 +274,7 @@ def test_a_server_whose_engine_died_says_so_and_comes_back(
 ) -> None:
     body = {"prompt": [70, 71, 72], "max_tokens": 60, "seed": 1, "logit_bias": {"1": -100}}
     before = made.ask("/v1/completions", body)
-    assert before[0] == 200 and made.ask("/health") == (200, '{"status":"ok"}')
+    assert before[0] == 200 and made.ask("/health") == (200, '{"status":"ok","devices":["cpu"]}')
     gate.clear()
     dies_at(made.engine, 6, SystemExit("secret"))
     found: list[tuple[int, str]] = []

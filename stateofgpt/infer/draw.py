@@ -8,6 +8,7 @@ token does to its request.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -42,15 +43,16 @@ class Draws:
         offsets = ahead or [0] * len(rows)
         positions = [r.drawn + i for r, i in zip(rows, offsets, strict=True)]
         tokens, logprobs = self._sampler[1](logits, positions, _adjusted(rows, logits))
-        most = max(r.params.top_logprobs for r in rows)
-        if not most:
-            return [Drawn(token, logprob, ()) for token, logprob in zip(*fetched(tokens, logprobs), strict=True)]
         asking = [i for i, r in enumerate(rows) if r.params.top_logprobs]
-        found = fetched(tokens, logprobs, *alternatives(logits, asking, most))
+        # a CPU takes each row by itself: which of two equals comes first depends on how many are looked at
+        groups = [[i] for i in asking] if logits.device.type == "cpu" else [asking] if asking else []
+        parts = [alternatives(logits, group, max(rows[i].params.top_logprobs for i in group)) for group in groups]
+        drawn, own, *found = fetched(tokens, logprobs, *chain.from_iterable(parts))
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
-        for i, ids, values in zip(asking, found[2], found[3], strict=True):
-            tops[i] = tuple(zip(ids, values, strict=True))[: rows[i].params.top_logprobs]
-        return [Drawn(*each) for each in zip(found[0], found[1], tops, strict=True)]
+        for group, ids, values in zip(groups, found[::2], found[1::2], strict=True):
+            for i, best, likely in zip(group, ids, values, strict=True):
+                tops[i] = tuple(zip(best, likely, strict=True))[: rows[i].params.top_logprobs]
+        return [Drawn(*each) for each in zip(drawn, own, tops, strict=True)]
 
 
 def _adjusted(rows: Sequence[Request], logits: Tensor) -> Tensor | None:
