@@ -33,6 +33,7 @@ import pairs
 import torch
 
 from stateofgpt.infer.engine import Engine, SamplingParams
+from stateofgpt.model.device import wait
 from stateofgpt.model.gpt import GPT, GPTConfig
 
 SMALL = GPTConfig(
@@ -78,11 +79,6 @@ class Bench:
     @property
     def left(self) -> float:
         return self.ends - time.perf_counter()
-
-    def wait(self) -> None:
-        """Until the device has done what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def model(self, config: GPTConfig) -> GPT:
         """Made-up weights, the same every time, made on the device."""
@@ -131,10 +127,10 @@ class Bench:
         target = torch.empty_like(source)
         times = []
         for _ in range(12):
-            self.wait()
+            wait(self.device)
             begun = time.perf_counter()
             target.copy_(source)
-            self.wait()
+            wait(self.device)
             times.append(time.perf_counter() - begun)
         self.bandwidth = 2 * self.size.copied / min(times[2:])
         return {"gb_per_second": round(self.bandwidth / 1e9, 1)}
@@ -219,7 +215,7 @@ class Bench:
             for row in range(size.rows):
                 prompt = self.ids(size.long_prompt, engine.model.config.vocab_size, 5000 + 1000 * seed + row)
                 engine.add(prompt, SamplingParams(max_tokens=1, temperature=0.0))
-            self.wait()
+            wait(self.device)
             begun = time.perf_counter()
             engine.step()
             times.append(time.perf_counter() - begun)
