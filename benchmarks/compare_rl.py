@@ -3,7 +3,7 @@
     python benchmarks/compare_rl.py RUN [RUN ...] --out DIR [--seconds 60] [--seeds 0,1,2] [--most N]
                                     [--only ppo,grpo] [--shares 0.01,0.1,1] [--switches]
 
-Every way is a policy training of the rl stage with some settings changed (`WAYS`); with `--shares` PPO also climbs
+Every way is a policy training of the laptop recipe's rl stage with some settings changed (`WAYS`); with `--shares` PPO also climbs
 reward models of a part of the labels, and with `--switches` PPO's own settings are switched one at a time. After each
 training the new policy and SFT answer the same held-out prompts, which no stage asks, and the simulated labeller
 without noise, which nothing was trained on, scores and compares them. Intervals resample whole trainings and, within
@@ -30,6 +30,7 @@ from stateofgpt.data.comparisons import read_rankings
 from stateofgpt.data.prompts import PromptConfig, prompts
 from stateofgpt.eval.suites import conversation
 from stateofgpt.model.checkpoint import load_model
+from stateofgpt.recipes.laptop import recipe
 from stateofgpt.rl.guards import GuardConfig
 from stateofgpt.rl.labeller import SimulatedLabeller
 from stateofgpt.run import Run, read_json, write_json
@@ -76,7 +77,8 @@ SWITCHES = (
     Variant("ppo, no ratio clip", {"ppo.clip": "1e6"}),
     Variant("ppo, no value clip", {"ppo.value_clip": "1e6"}),
     Variant("ppo, lambda 1", {"ppo.lam": "1.0"}),
-    Variant("ppo, updates in parts", {"ppo.part_tokens": "1024"}),
+    Variant("ppo, value model by lambda 0.95", {"ppo.value_lam": "none"}),
+    Variant("ppo, updates whole", {"ppo.part_tokens": "none"}),
     Variant("ppo, without guards", {"guards.every": "0"}),
     Variant("ppo in a rush", RUSH),
     Variant("ppo in a rush, without guards", {**RUSH, "guards.every": "0", "max_kl": "1e9"}),
@@ -132,7 +134,7 @@ def one(variant: Variant, source: Path, seed: int, options: argparse.Namespace) 
     """Train one policy from a run's models, and measure it; kept in the folder of its own."""
     old = Run.read(source)
     limit = {"seconds": options.seconds} if options.iterations is None else {"iterations": options.iterations}
-    config = rl.Config(**limit, held_out_prompts=HELD_OUT, guards=GuardConfig())
+    config = rl.Config(**limit, held_out_prompts=HELD_OUT, guards=GuardConfig(), ppo=recipe().rl.ppo)
     config = apply_overrides(config, variant.settings)
     place = options.out / source.name / f"{variant.name.replace(' ', '_').replace(',', '')}-{seed}"
     asked = {"rl": to_dict(config), "source": str(source.resolve()), "share": variant.share, "prompts": options.prompts}
