@@ -3,13 +3,13 @@
     python benchmarks/compare_rl.py RUN [RUN ...] --out DIR [--seconds 60] [--seeds 0,1,2] [--most N]
                                     [--only ppo,grpo] [--shares 0.01,0.1,1] [--switches]
 
-Every way is a policy training of the laptop recipe's rl stage with some settings changed (`WAYS`); with `--shares` PPO also climbs
-reward models of a part of the labels, and with `--switches` PPO's own settings are switched one at a time. After each
-training the new policy and SFT answer the same held-out prompts, which no stage asks, and the simulated labeller
-without noise, which nothing was trained on, scores and compares them. Intervals resample whole trainings and, within
-each, prompts: what differs from one SFT model to another shows only with several runs. With `--most` only the first N
-of (run, seed) are trained, all runs with the first seed before any with the second. Results are kept in DIR and read
-back: the same command continues, and a table of more is made without training again.
+Every way is a policy training of the laptop recipe's rl stage with some settings changed (`WAYS`); with `--shares` PPO
+also climbs reward models of a part of the labels, and with `--switches` PPO's own settings are switched one at a time.
+After each training the new policy and SFT answer the same held-out prompts, which no stage asks, and the simulated
+labeller without noise, which nothing was trained on, scores and compares them. Intervals resample whole trainings and,
+within each, prompts: what differs from one SFT model to another shows only with several runs. With `--most` only the
+first N of (run, seed) are trained, all runs with the first seed before any with the second. Results are kept in DIR and
+read back: the same command continues, and a table of more is made without training again.
 """
 
 from __future__ import annotations

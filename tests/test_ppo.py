@@ -13,6 +13,7 @@ from stateofgpt.errors import ConfigError, ModelError
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.heads import RewardModel, ValueModel
+from stateofgpt.rl.advantage import shaped_rewards
 from stateofgpt.rl.ppo import PPO, PPOConfig
 from stateofgpt.rl.rollout import policy_logprobs
 from stateofgpt.rl.scoring import LearnedScorer
@@ -157,6 +158,19 @@ def test_only_policy_and_value_model_learn() -> None:
     assert not equal(policy, weights(ppo.policy)) and not equal(value, weights(ppo.value))
 
 
+def test_a_value_model_with_lambda_one_learns_whole_returns_and_advantages_stay() -> None:
+    usual, whole = make_ppo(), make_ppo(replace(PPOConfig(), value_lam=1.0))
+    turns = answers(usual.policy)
+    one, other = usual.experience(turns)[0], whole.experience(turns)[0]
+    assert torch.equal(one.advantages, other.advantages)
+    mask = other.rollouts.mask
+    rewards = shaped_rewards(whole.scores(turns), other.logprobs, other.reference, mask, whole.kl_coefficient)
+    to_come = rewards.flip(1).cumsum(1).flip(1) * mask  # gamma is 1, and nothing is rewarded outside of the mask
+    assert other.returns is not None and one.returns is not None
+    torch.testing.assert_close(other.returns, to_come, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(one.returns, to_come, rtol=1e-2, atol=1e-2)
+
+
 def test_the_first_minibatch_has_ratio_one() -> None:
     ppo = make_ppo(replace(PPOConfig(), epochs=1, minibatches=1))
     experience, _ = ppo.experience(answers(ppo.policy))
@@ -237,7 +251,7 @@ def test_answers_in_which_nothing_was_sampled_do_no_harm() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"epochs": 0}, {"minibatches": 0}, {"clip": 0.0}, {"value_clip": -1.0}, {"kl_target": 0.0}, {"gamma": 1.5},
-     {"lam": -0.1}, {"clip": float("nan")}],
+     {"lam": -0.1}, {"value_lam": 1.1}, {"clip": float("nan")}],
 )  # fmt: skip
 def test_a_configuration_that_cannot_be_is_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
