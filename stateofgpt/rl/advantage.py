@@ -1,7 +1,9 @@
 """Rewards and advantages: how much better an answer, or a token of it, was than what was to be expected.
 
 Owns rewards per token, generalised advantage estimates, whitening, and the baselines that need no value model: those of
-a group of answers to one prompt, and the rest of the batch. Pure functions of tensors; shapes as in `rl.objective`. A
+a group of answers to one prompt, and the rest of the batch. Pure functions of tensors; shapes as in `rl.objective`.
+They are called with tensors of the CPU, whatever the models' device: a few thousand numbers, and estimates go back in
+time token by token, each of which would be several kernels of a GPU (`rl.optimization` says what lives where). A
 group's answers stand side by side: rows 0 to K-1 answer the first prompt, K to 2K-1 the second.
 
 Sources: GAE (arXiv 1506.02438), RLOO (Ahmadian et al., 2402.14740), GRPO (DeepSeekMath, 2402.03300), its bias-free form
@@ -29,8 +31,8 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 def shaped_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
     """Rewards [B, T]: -kl_coefficient * (log pi - log pi_ref) at each sampled token, and `scores` [B] at the last."""
     rewards = -kl_coefficient * (logprobs - reference) * mask
-    last = (mask * torch.arange(1, mask.shape[1] + 1)).argmax(dim=1)
-    rows = torch.arange(mask.shape[0])
+    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
+    rows = torch.arange(mask.shape[0], device=mask.device)
     rewards[rows, last] += scores * mask[rows, last]
     return rewards
 
@@ -50,8 +52,8 @@ def advantages(
     directly, so estimates are carried across masked entries unchanged.
     """
     out = torch.zeros_like(rewards)
-    next_value = torch.zeros(rewards.shape[0])
-    running = torch.zeros(rewards.shape[0])
+    next_value = torch.zeros(rewards.shape[0], device=rewards.device)
+    running = torch.zeros(rewards.shape[0], device=rewards.device)
     for t in range(rewards.shape[1] - 1, -1, -1):
         here = mask[:, t] > 0
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -93,7 +95,7 @@ def best_of(scores: Tensor, group: int) -> Tensor:
     at most log n - (n - 1) / n (2009.01325, appendix G.3)."""
     grouped = _grouped(scores, group)
     best = torch.zeros_like(grouped, dtype=torch.bool)
-    best[torch.arange(grouped.shape[0]), grouped.argmax(1)] = True
+    best[torch.arange(grouped.shape[0], device=scores.device), grouped.argmax(1)] = True
     return best.flatten()
 
 

@@ -3,7 +3,8 @@
 Owns one pass over packed rows and what is kept of it. At each of some depths a completion is described by the final
 norm of the hidden state of its last token, which is what a reward model cut off at that depth reads, and by the mean
 over its own tokens. Where upper layers are to be trained, the hidden states of all tokens at the cut are kept too.
-Knows nothing of heads, votes or files.
+All of it is on the CPU, copied there once per pass; the pass is where the model is. Knows nothing of heads, votes or
+files.
 """
 
 from __future__ import annotations
@@ -51,17 +52,17 @@ def compute(
     last = torch.zeros(sum(n), len(depths), width)
     mean = torch.zeros(sum(n), len(depths), width)
     states: list[Tensor] = [torch.empty(0)] * (0 if cut is None else len(rows))
-    trunk = model.model
+    trunk, device = model.model, model.lm_head.weight.device
     for chosen in by_length(rows, TOKENS_AT_ONCE):
-        packed = batch([rows[i] for i in chosen], pad_id)
+        packed = batch([rows[i] for i in chosen], pad_id).to(device)
         seen = _Seen(trunk.layers, depths, cut)
         with way.autocast():
             trunk.run(trunk.embed_tokens(packed.ids), packed.mask, packed.positions, run_block=seen)
-            normed = [trunk.norm(x).float() for x in seen.after]
+            normed = [trunk.norm(x).float().cpu() for x in seen.after]
+        before = None if seen.before is None else seen.before.to(torch.bfloat16).cpu()
         for b, i in enumerate(chosen):
-            if cut is not None:
-                assert seen.before is not None
-                states[i] = seen.before[b, : len(rows[i])].to(torch.bfloat16).clone()
+            if before is not None:
+                states[i] = before[b, : len(rows[i])].clone()
             for k, (begin, end) in enumerate(packed.spans[b]):
                 for d, x in enumerate(normed):
                     last[first[i] + k, d] = x[b, end - 1]

@@ -25,7 +25,7 @@ from stateofgpt.rl.objective import (
     kl_to_reference,
     likelihood_loss,
 )
-from stateofgpt.rl.optimization import Experience, Logprobs, Optimization, Seen, UpdateConfig
+from stateofgpt.rl.optimization import Experience, Logprobs, Optimization, Seen, Told, UpdateConfig
 from stateofgpt.rl.scoring import Scorer
 from stateofgpt.train.loss import Way
 
@@ -84,10 +84,10 @@ class GroupOptimization(Optimization):
         if self.algorithm in ("best_of_n", "rejection"):
             kept = self._kept(seen.scores).nonzero().flatten()
             seen.watched["kept"] = len(kept) / max(1, len(seen.scores))
-            whole = Experience(seen.rollouts, seen.logprobs, seen.reference, torch.ones(len(seen.scores), 1))
-            return whole.rows(kept)
+            whole = Experience(seen.there, seen.logprobs, seen.reference, torch.ones(len(seen.scores), 1))
+            return whole.to(seen.there.ids.device).rows(kept)
         advantage = self._advantages(seen)[:, None]
-        return Experience(seen.rollouts, seen.logprobs, seen.reference, advantage)
+        return Experience(seen.there, seen.logprobs, seen.reference, advantage)
 
     def _advantages(self, seen: Seen) -> Tensor:
         if self.algorithm in ("grpo", "dr_grpo"):
@@ -102,14 +102,14 @@ class GroupOptimization(Optimization):
         good = scores >= least
         return good & best_of(scores, self.group) if self.algorithm == "best_of_n" else good
 
-    def _policy_loss(self, model: GPT, batch: Experience, sums: dict[str, float]) -> Tensor:
+    def _policy_loss(self, model: GPT, batch: Experience, told: Told) -> Tensor:
         new = self._new_logprobs(model, batch.rollouts)
         mask = batch.rollouts.mask
         if self.algorithm in ("best_of_n", "rejection"):
             return likelihood_loss(new, mask)
         out = self._clipped(new, batch, mask)
-        sums["clip_fraction"] += out.clip_fraction.item()
-        sums["approx_kl"] += out.approx_kl.item()
+        told.add("clip_fraction", out.clip_fraction)
+        told.add("approx_kl", out.approx_kl)
         if self.algorithm not in ("grpo", "dr_grpo") or not self.kl_loss:
             return out.loss
         divergence = kl_to_reference(new, batch.reference, mask)

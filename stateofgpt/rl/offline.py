@@ -62,5 +62,5 @@ def kto_loss(
 def mismatched_divergence(policy: Tensor, reference: Tensor) -> Tensor:
     """The z of KTO: the mean of log pi - log pi_ref over answers to *other* prompts, not below 0 (section 4.1)."""
     if policy.numel() == 0:
-        return torch.zeros(())
+        return torch.zeros((), device=policy.device)
     return (policy - reference).mean().detach().clamp(min=0.0)

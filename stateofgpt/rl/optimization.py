@@ -3,6 +3,11 @@
 Owns what all algorithms share: the policy and what it began as, the scores, log-probabilities, the measured KL with its
 coefficient, epochs and minibatches, and what there is to save. What is learned from the answers is a subclass's. Knows
 no files and no labels.
+
+What lives where, if the models are on a device of their own: what is looked at (`Seen`: scores, log-probabilities and
+all that is made of them, rewards, advantages, whitening) is on the CPU, copied there once per batch; what is learned
+from (`Experience`) is on the models' device, copied there once. Between the two no loop waits for the device: sizes are
+known on the CPU, and what an update tells is looked at after the last one (`Told`).
 """
 
 from __future__ import annotations
@@ -86,7 +91,8 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class Experience:
-    """Rollouts with all that the updates hold fixed. Tensors are [B, T]; advantages may be [B, 1]."""
+    """Rollouts with all that the updates hold fixed, on the device of what learns. Tensors are [B, T]; advantages may be
+    [B, 1]."""
 
     rollouts: Rollouts
     logprobs: Tensor
@@ -97,15 +103,26 @@ class Experience:
 
     @property
     def weight(self) -> float:
-        return float(self.rollouts.mask.sum())
+        return float(self.rollouts.sampled.sum())
+
+    def to(self, device: torch.device) -> Experience:
+        """The same on another device."""
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        values, returns = (None if x is None else moved(x) for x in (self.values, self.returns))
+        fixed = moved(self.logprobs), moved(self.reference), moved(self.advantages)
+        return Experience(self.rollouts.to(device), *fixed, values, returns)
 
     def rows(self, index: Tensor) -> Experience:
-        """Some rows, without the columns that are padding in all of them."""
+        """Some rows (`index` is on the CPU), without the columns that are padding in all of them."""
         part = self.rollouts.rows(index)
         used = part.mask.shape[1]
+        there = index.to(self.logprobs.device, non_blocking=True)
 
         def cut(x: Tensor) -> Tensor:
-            return x[index][:, :used]
+            return x[there][:, :used]
 
         values, returns = (None if x is None else cut(x) for x in (self.values, self.returns))
         return Experience(part, cut(self.logprobs), cut(self.reference), cut(self.advantages), values, returns)
@@ -113,13 +130,35 @@ class Experience:
 
 @dataclass(frozen=True)
 class Seen:
-    """Answers before anything is learned from them: `scores` [B], log-probabilities [B, T], and what to tell."""
+    """Answers before anything is learned from them, on the CPU: `scores` [B], log-probabilities [B, T], and what to tell.
+    `there` are the rollouts on the models' device."""
 
     rollouts: Rollouts
+    there: Rollouts
     logprobs: Tensor
     reference: Tensor
     scores: Tensor
     watched: dict[str, float]
+
+
+class Told:
+    """What updates tell, kept as it comes, so that a number on a device is waited for only when all are there."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._found: dict[str, list[float | Tensor]] = {name: [] for name in names}
+
+    def add(self, name: str, value: float | Tensor) -> None:
+        self._found[name].append(value)
+
+    def means(self, updates: int) -> dict[str, float]:
+        """The sum of each over the number of updates."""
+        return {name: sum(self._floats(name), 0.0) / max(1, updates) for name in self._found}
+
+    def _floats(self, name: str) -> list[float]:
+        found = self._found[name]
+        waiting = [value for value in found if isinstance(value, Tensor)]
+        known = iter(torch.stack(waiting).tolist() if waiting else ())
+        return [next(known) if isinstance(value, Tensor) else value for value in found]
 
 
 class Optimization(ABC):
@@ -150,8 +189,13 @@ class Optimization(ABC):
         self.config, self.pad_id, self.way, self.logprobs = config, pad_id, way, logprobs
         self.kl_coefficient = config.kl_coefficient
         self.pretraining: Callable[[torch.Generator], Batch] | None = None
-        self._language = LanguageModelLoss(way.dtype, fused=way.fused)
+        self._language = LanguageModelLoss(way.dtype, fused=way.fused, device=way.device)
         self.trainers: dict[str, Trainer] = {"policy": Trainer(policy, config.policy, way.kernels)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.policy.lm_head.weight.device
 
     # ---- answers --------------------------------------------------------------------------------------------------
 
@@ -167,15 +211,16 @@ class Optimization(ABC):
         an `exact` look is asked for.
         """
         rollouts = rollouts_of(turns, self.pad_id)
-        mask = rollouts.mask
+        there, mask = rollouts.to(self.device), rollouts.mask
         if self.logprobs == "engine" and not exact:
             logprobs = drawn_logprobs(turns, rollouts)
             entropy = -logprobs
         else:
-            logprobs, entropy = in_parts(lambda part: policy_logprobs(self.policy, part, self.way), rollouts, AT_ONCE)
+            found = in_parts(lambda part: policy_logprobs(self.policy, part, self.way), there, AT_ONCE)
+            logprobs, entropy = (x.cpu() for x in found)
         with switched_off(self.reference):  # where it is the policy without its adapters
-            reference, _ = in_parts(lambda part: policy_logprobs(self.reference, part, self.way), rollouts, AT_ONCE)
-        scores = self.scores(turns, problems)
+            reference, _ = in_parts(lambda part: policy_logprobs(self.reference, part, self.way), there, AT_ONCE)
+        reference, scores = reference.cpu(), self.scores(turns, problems).cpu()
         watched = {
             "proxy_reward": scores.mean().item(),
             "kl": ((logprobs - reference) * mask).sum(1).mean().item(),
@@ -183,7 +228,7 @@ class Optimization(ABC):
             "length": mask.sum(1).mean().item(),
             "kl_coefficient": self.kl_coefficient,
         }
-        return Seen(rollouts, logprobs, reference, scores, watched)
+        return Seen(rollouts, there, logprobs, reference, scores, watched)
 
     @torch.no_grad()
     def experience(
@@ -191,36 +236,36 @@ class Optimization(ABC):
     ) -> tuple[Experience, dict[str, float]]:
         """What can be learned from answers; also what there is to watch before the update."""
         seen = self.look(turns, problems)
-        return self._experience(seen), seen.watched
+        return self._experience(seen).to(self.device), seen.watched
 
     @abstractmethod
-    def _experience(self, seen: Seen) -> Experience: ...
+    def _experience(self, seen: Seen) -> Experience:
+        """What is held fixed, its rollouts being those `there`."""
 
     # ---- updates --------------------------------------------------------------------------------------------------
 
     def update(self, experience: Experience, order: torch.Generator, factor: float, kl: float) -> dict[str, float]:
         """All epochs over one batch of experience; learning rates times `factor`. The means over the updates made."""
         c, rows = self.config, experience.rollouts.ids.shape[0]
-        sums = dict.fromkeys(self.told, 0.0)
-        updates = 0
+        told, updates = Told(self.told), 0
         for _ in range(c.epochs if rows else 0):
             for index in torch.randperm(rows, generator=order).chunk(c.minibatches):
                 updates += 1
                 extra = None if self.pretraining is None else self.pretraining(order)
-                self._learn(experience.rows(index), extra, sums, factor)
+                self._learn(experience.rows(index), extra, told, factor)
         self._adapt(kl)
-        return {name: total / max(1, updates) for name, total in sums.items()}
+        return told.means(updates)
 
-    def _learn(self, batch: Experience, extra: Batch | None, sums: dict[str, float], factor: float) -> None:
-        """One update; adds what it told to `sums`."""
+    def _learn(self, batch: Experience, extra: Batch | None, told: Told, factor: float) -> None:
+        """One update."""
 
         def loss(model: GPT, batch: Experience) -> Tensor:
-            value = self._policy_loss(model, batch, sums)
+            value = self._policy_loss(model, batch, told)
             if extra is not None and self.config.pretraining is not None:
                 value = value + self.config.pretraining * self._language(model, extra) / extra.weight
             return value * batch.weight  # the trainer divides by it
 
-        sums["policy_loss"] += self.trainers["policy"].step([batch], loss, factor)["loss"]
+        told.add("policy_loss", self.trainers["policy"].step([batch], loss, factor)["loss"])
 
     def _new_logprobs(self, model: GPT, rollouts: Rollouts) -> Tensor:
         """Log-probabilities [B, T] of the sampled tokens, to be learned by."""
@@ -233,8 +278,8 @@ class Optimization(ABC):
         return in_parts(lambda part: (forward(part),), rollouts, AT_ONCE, self.config.part_tokens)[0]
 
     @abstractmethod
-    def _policy_loss(self, model: GPT, batch: Experience, sums: dict[str, float]) -> Tensor:
-        """The mean loss of a minibatch; adds what there is to watch to `sums`."""
+    def _policy_loss(self, model: GPT, batch: Experience, told: Told) -> Tensor:
+        """The mean loss of a minibatch."""
 
     def _adapt(self, kl: float) -> None:
         if self.config.kl_target is not None:

@@ -62,9 +62,16 @@ class PackedBatch:
     mask: Tensor
     spans: tuple[tuple[tuple[int, int], ...], ...]
 
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same on another device, or itself where it is there already."""
+        if self.ids.device == device:
+            return self
+        ids, positions, mask = (x.to(device, non_blocking=True) for x in (self.ids, self.positions, self.mask))
+        return PackedBatch(ids, positions, mask, self.spans)
+
 
 def batch(rows: Sequence[PackedRow], pad_id: int) -> PackedBatch:
-    """Rows side by side, padded on the right."""
+    """Rows side by side, padded on the right, on the CPU."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     positions = torch.zeros((len(rows), longest), dtype=torch.int64)

@@ -14,7 +14,7 @@ from stateofgpt.model.gpt import GPT
 from stateofgpt.model.heads import ValueModel
 from stateofgpt.rl.advantage import advantages, shaped_rewards, whiten
 from stateofgpt.rl.objective import clipped_policy_loss, clipped_value_loss
-from stateofgpt.rl.optimization import AT_ONCE, Experience, Logprobs, Optimization, Seen, UpdateConfig
+from stateofgpt.rl.optimization import AT_ONCE, Experience, Logprobs, Optimization, Seen, Told, UpdateConfig
 from stateofgpt.rl.rollout import Rollouts, in_parts, values
 from stateofgpt.rl.scoring import Scorer
 from stateofgpt.train.loop import Trainer
@@ -46,24 +46,25 @@ class PPO(Optimization):
 
     def _experience(self, seen: Seen) -> Experience:
         mask = seen.rollouts.mask
-        (value,) = in_parts(lambda part: (self._values(self.value, part),), seen.rollouts, AT_ONCE)
+        (value,) = in_parts(lambda part: (self._values(self.value, part),), seen.there, AT_ONCE)
+        value = value.cpu()
         rewards = shaped_rewards(seen.scores, seen.logprobs, seen.reference, mask, self.kl_coefficient)
         c = self.config
         advantage, returns = advantages(rewards, value, mask, gamma=c.gamma, lam=c.lam)
         if c.value_lam is not None:
             returns = advantages(rewards, value, mask, gamma=c.gamma, lam=c.value_lam)[1]
-        return Experience(seen.rollouts, seen.logprobs, seen.reference, whiten(advantage, mask), value, returns)
+        return Experience(seen.there, seen.logprobs, seen.reference, whiten(advantage, mask), value, returns)
 
-    def _policy_loss(self, model: GPT, batch: Experience, sums: dict[str, float]) -> Tensor:
+    def _policy_loss(self, model: GPT, batch: Experience, told: Told) -> Tensor:
         new = self._new_logprobs(model, batch.rollouts)
         out = clipped_policy_loss(new, batch.logprobs, batch.advantages, batch.rollouts.mask, self.config.clip)
-        sums["clip_fraction"] += out.clip_fraction.item()
-        sums["approx_kl"] += out.approx_kl.item()
+        told.add("clip_fraction", out.clip_fraction)
+        told.add("approx_kl", out.approx_kl)
         return out.loss
 
-    def _learn(self, batch: Experience, extra: Batch | None, sums: dict[str, float], factor: float) -> None:
-        super()._learn(batch, extra, sums, factor)
-        sums["value_loss"] += self.trainers["value"].step([batch], self._value_loss, factor)["loss"]
+    def _learn(self, batch: Experience, extra: Batch | None, told: Told, factor: float) -> None:
+        super()._learn(batch, extra, told, factor)
+        told.add("value_loss", self.trainers["value"].step([batch], self._value_loss, factor)["loss"])
 
     def _values(self, model: ValueModel, rollouts: Rollouts) -> Tensor:
         """Values on the scale of the scores: where the model began as the reward model, it is on its raw scale."""

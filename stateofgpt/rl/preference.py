@@ -19,7 +19,7 @@ from stateofgpt.errors import ConfigError, DataError
 from stateofgpt.model.gpt import GPT
 from stateofgpt.model.lora import switched_off
 from stateofgpt.rl.offline import answer_logprobs, dpo_loss, ipo_loss, kto_loss, margins, mismatched_divergence
-from stateofgpt.rl.optimization import AT_ONCE, Experience, Optimization, Seen, UpdateConfig
+from stateofgpt.rl.optimization import AT_ONCE, Experience, Optimization, Seen, Told, UpdateConfig
 from stateofgpt.rl.rollout import Rollouts, in_parts, laid_out, policy_logprobs
 from stateofgpt.rl.scoring import Scorer
 from stateofgpt.text.chat import ChatFormat, Conversation
@@ -122,22 +122,22 @@ class PreferenceOptimization(Optimization):
         self.apart = algorithm == "kto"  # answers to other prompts go through the model apart, without gradients
 
     def _experience(self, seen: Seen) -> Experience:
-        return Experience(seen.rollouts, seen.logprobs, seen.reference, torch.zeros(len(seen.scores), 1))
+        return Experience(seen.there, seen.logprobs, seen.reference, torch.zeros(len(seen.scores), 1))
 
     def update(self, experience: Experience, order: torch.Generator, factor: float, kl: float) -> dict[str, float]:
         """One pass over pairs drawn with `order`, in minibatches; the answers that were looked at are not used."""
-        sums = dict.fromkeys(self.told, 0.0)
+        told = Told(self.told)
         drawn = torch.randperm(len(self.pairs), generator=order)[: self.own.pairs]
         parts = drawn.chunk(self.config.minibatches)
         for index in parts:
             batch = self._batch([self.pairs[i] for i in index.tolist()])
 
             def loss(model: GPT, batch: PairBatch) -> Tensor:
-                return self._loss(model, batch, sums) * batch.weight
+                return self._loss(model, batch, told) * batch.weight
 
-            sums["policy_loss"] += self.trainers["policy"].step([batch], loss, factor)["loss"]
+            told.add("policy_loss", self.trainers["policy"].step([batch], loss, factor)["loss"])
         self._adapt(kl)
-        return {name: total / len(parts) for name, total in sums.items()}
+        return told.means(len(parts))
 
     @torch.no_grad()
     def _batch(self, pairs: Sequence[Pair]) -> PairBatch:
@@ -146,7 +146,7 @@ class PreferenceOptimization(Optimization):
             rows += mismatched(pairs)
         context = self.policy.config.max_position_embeddings
         texts = [((*prompt, *answer.ids), (*[0] * len(prompt), *answer.mask)) for prompt, answer in rows]
-        answers = laid_out(texts, self.pad_id, context)
+        answers = laid_out(texts, self.pad_id, context).to(self.device)
         with switched_off(self.reference):  # where it is the policy without its adapters
             reference, _ = in_parts(lambda part: policy_logprobs(self.reference, part, self.way), answers, AT_ONCE)
         return PairBatch(answers, self._of_answers(reference, answers.mask), len(pairs))
@@ -154,18 +154,18 @@ class PreferenceOptimization(Optimization):
     def _of_answers(self, logprobs: Tensor, mask: Tensor) -> Tensor:
         return answer_logprobs(logprobs, mask, per_token=self.algorithm == "ipo")
 
-    def _loss(self, model: GPT, batch: PairBatch, sums: dict[str, float]) -> Tensor:
+    def _loss(self, model: GPT, batch: PairBatch, told: Told) -> Tensor:
         n, beta, rows = batch.n, self.own.beta, torch.arange(len(batch.reference))
         policy = self._of_rows(model, batch, rows[: 2 * n] if self.apart else rows)
         margin = margins(policy[:n], policy[n : 2 * n], batch.reference[:n], batch.reference[n : 2 * n])
-        sums["pair_accuracy"] += (margin > 0).float().mean().item()
+        told.add("pair_accuracy", (margin > 0).float().mean().detach())
         if self.algorithm == "kto":
             others = policy[2 * n :]
             if self.apart:
                 with torch.no_grad():
                     others = self._of_rows(model, batch, rows[2 * n :])
             z = mismatched_divergence(others, batch.reference[2 * n :])
-            liked = torch.arange(2 * n) < n
+            liked = torch.arange(2 * n, device=margin.device) < n
             weights = self.own.desirable_weight, self.own.undesirable_weight
             return kto_loss(policy[: 2 * n], batch.reference[: 2 * n], liked, z, beta, *weights).mean()
         return (dpo_loss if self.algorithm == "dpo" else ipo_loss)(margin, beta).mean()
@@ -173,7 +173,7 @@ class PreferenceOptimization(Optimization):
     def _of_rows(self, model: GPT, batch: PairBatch, index: Tensor) -> Tensor:
         """Log-probabilities of some of the answers."""
         if not len(index):
-            return torch.zeros(0)
+            return torch.zeros(0, device=batch.reference.device)
         answers = batch.answers if len(index) == len(batch.reference) else batch.answers.rows(index)
         return self._of_answers(self._new_logprobs(model, answers), answers.mask)
 
@@ -185,7 +185,7 @@ class PreferenceOptimization(Optimization):
         super().load(tensors, numbers)
         self.apart = "apart" in numbers
 
-    def _policy_loss(self, model: GPT, batch: Experience, sums: dict[str, float]) -> Tensor:
+    def _policy_loss(self, model: GPT, batch: Experience, told: Told) -> Tensor:
         raise NotImplementedError("pairs are learned from, and not answers")  # `update` is its own
 
 

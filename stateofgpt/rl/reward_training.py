@@ -41,7 +41,7 @@ class RewardTraining:
 @dataclass(frozen=True)
 class RankedBatch:
     """`ids` [prompts * K, T] padded on the right; `ranks` [prompts, K], 0 where a prompt has fewer completions;
-    `margins` [prompts], where there are any, are by how much a better answer has to score higher."""
+    `margins` [prompts], where there are any, are by how much a better answer has to score higher. On the CPU."""
 
     ids: Tensor
     ranks: Tensor
@@ -89,25 +89,28 @@ def ranked_batch(
 
 
 class RankingLoss:
-    """`loss(model, batch)`: ranking loss summed over the batch's prompts that have a pair."""
+    """`loss(model, batch)`: ranking loss summed over the batch's prompts that have a pair, computed where the model
+    is."""
 
     def __init__(self, way: Way) -> None:
         self.way = way
-        self.right, self.pairs = 0, 0  # since last asked, of what was trained on
+        self._seen: list[tuple[Tensor, Tensor]] = []  # scores and ranks since last asked, of what was trained on
 
     def __call__(self, model: RewardModel, batch: RankedBatch) -> Tensor:
-        hidden = self.way.hidden(model, batch.ids)
+        device = model.score.weight.device
+        ids, ranks = batch.ids.to(device, non_blocking=True), batch.ranks.to(device, non_blocking=True)
+        margins = None if batch.margins is None else batch.margins.to(device, non_blocking=True)
+        hidden = self.way.hidden(model, ids)
         with self.way.autocast():
-            scores = model.read(hidden, batch.ids).float().view(batch.ranks.shape)
-        right, pairs = pair_accuracy(scores.detach(), batch.ranks)
-        self.right, self.pairs = self.right + right, self.pairs + pairs
-        return ranking_loss(scores, batch.ranks, batch.margins) * batch.weight
+            scores = model.read(hidden, ids).float().view(ranks.shape)
+        self._seen.append((scores.detach(), batch.ranks))
+        return ranking_loss(scores, ranks, margins) * batch.weight
 
     def accuracy(self) -> float:
         """Share of the pairs trained on since the last call that were ordered right before the step."""
-        out = self.right / max(1, self.pairs)
-        self.right, self.pairs = 0, 0
-        return out
+        found = [pair_accuracy(scores.cpu(), ranks) for scores, ranks in self._seen]
+        self._seen = []
+        return sum(right for right, _ in found) / max(1, sum(pairs for _, pairs in found))
 
 
 def step_order(n: int, seed: int, per_step: int) -> list[list[int]]:
@@ -139,16 +142,18 @@ def score_ids(
     """Raw scores of id rows, computed in float32, longest first so that little is padding: `at_once` together, or as
     many as hold `tokens` with their padding."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    out = [0.0] * len(rows)
+    device = model.score.weight.device
+    found: list[Tensor] = []
     limit = model.config.max_position_embeddings
     sizes = [at_once] * -(-len(rows) // at_once) if tokens is None else sizes_of([len(rows[i]) for i in order], tokens)
     start = 0
     for size in sizes:
         chosen = order[start : start + size]
-        scores = model(pad([rows[i] for i in chosen], pad_id, limit)).tolist()
-        for i, score in zip(chosen, scores, strict=True):
-            out[i] = score
+        found.append(model(pad([rows[i] for i in chosen], pad_id, limit).to(device, non_blocking=True)))
         start += size
+    out = [0.0] * len(rows)
+    for i, score in zip(order, torch.cat(found).tolist() if found else (), strict=True):
+        out[i] = score
     return out
 
 

@@ -1,7 +1,8 @@
 """Rollouts: what a policy answered, as the tensors that policy optimisation needs.
 
-Owns the layout (prompt, sampled tokens, tool output, padding) and the forward passes over it. Knows nothing of
-objectives.
+Owns the layout (prompt, sampled tokens, tool output, padding) and the forward passes over it, whose results are on
+the model's device. Where tokens were sampled is known on the CPU too, so that a device is never asked for a shape.
+Knows nothing of objectives.
 """
 
 from __future__ import annotations
@@ -22,10 +23,16 @@ from stateofgpt.train.loss import Way
 
 @dataclass(frozen=True)
 class Rollouts:
-    """`ids` [B, T+1] padded on the right; `mask` [B, T], 1 at t where token t+1 was sampled by the policy."""
+    """`ids` [B, T+1] padded on the right; `mask` [B, T], 1 at t where token t+1 was sampled by the policy. `sampled` is
+    the mask as bool, always on the CPU."""
 
     ids: Tensor
     mask: Tensor
+    sampled: Tensor = None  # type: ignore[assignment]  # made of the mask
+
+    def __post_init__(self) -> None:
+        if self.sampled is None:
+            object.__setattr__(self, "sampled", self.mask.cpu() > 0)
 
     @property
     def inputs(self) -> Tensor:
@@ -35,15 +42,28 @@ class Rollouts:
     def targets(self) -> Tensor:
         return self.ids[:, 1:]
 
+    @property
+    def ends(self) -> Tensor:
+        """Where the last token of each row was sampled [B], on the CPU; 0 where none was."""
+        return (self.sampled * torch.arange(1, self.sampled.shape[1] + 1)).argmax(1)
+
     def rows(self, index: Tensor) -> Rollouts:
-        """Some rows, without the columns that are padding in all of them."""
-        ids, mask = self.ids[index], self.mask[index]
-        used = int((mask.sum(0) > 0).nonzero().max()) + 1 if mask.any() else 1
-        return Rollouts(ids[:, : used + 1], mask[:, :used])
+        """Some rows (`index` is on the CPU), without the columns that are padding in all of them."""
+        sampled = self.sampled[index]
+        used = int(sampled.any(0).nonzero().max()) + 1 if sampled.any() else 1
+        there = index.to(self.ids.device, non_blocking=True)
+        return Rollouts(self.ids[there][:, : used + 1], self.mask[there][:, :used], sampled[:, :used])
+
+    def to(self, device: torch.device) -> Rollouts:
+        """The same on another device, or itself where it is there already."""
+        if self.ids.device == device:
+            return self
+        ids, mask = (x.to(device, non_blocking=True) for x in (self.ids, self.mask))
+        return Rollouts(ids, mask, self.sampled)
 
 
 def rollouts_of(turns: Sequence[Turn], pad_id: int) -> Rollouts:
-    """Lay out turns of a session."""
+    """Lay out turns of a session, on the CPU."""
     ids = pad([[*turn.prompt_ids, *turn.ids] for turn in turns], pad_id)
     mask = torch.zeros(ids.shape[0], ids.shape[1] - 1)
     for row, turn in enumerate(turns):
@@ -65,28 +85,30 @@ def laid_out(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, c
 
 def policy_logprobs(model: GPT, rollouts: Rollouts, way: Way) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the sampled tokens and entropies, each [B, T], at temperature 1; zero outside the mask."""
-    sampled, logits = _sampled_logits(model, rollouts, way)
-    chosen, entropy = token_logprobs(logits, rollouts.targets[sampled])
-    empty = torch.zeros(sampled.shape)
-    return empty.masked_scatter(sampled, chosen), empty.masked_scatter(sampled, entropy)
+    places, logits = _sampled_logits(model, rollouts, way)
+    chosen, entropy = token_logprobs(logits, rollouts.targets[places])
+    empty = torch.zeros(rollouts.mask.shape, device=logits.device)
+    return empty.index_put(places, chosen), empty.index_put(places, entropy)
 
 
 def sampled_logprobs(model: GPT, rollouts: Rollouts, way: Way) -> Tensor:
     """The first of the two alone, the same bits: what updates need."""
-    sampled, logits = _sampled_logits(model, rollouts, way)
-    return torch.zeros(sampled.shape).masked_scatter(sampled, chosen_logprobs(logits, rollouts.targets[sampled]))
+    places, logits = _sampled_logits(model, rollouts, way)
+    empty = torch.zeros(rollouts.mask.shape, device=logits.device)
+    return empty.index_put(places, chosen_logprobs(logits, rollouts.targets[places]))
 
 
-def _sampled_logits(model: GPT, rollouts: Rollouts, way: Way) -> tuple[Tensor, Tensor]:
-    """Where tokens were sampled [B, T], and the logits [sampled, V] there.
+def _sampled_logits(model: GPT, rollouts: Rollouts, way: Way) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Where tokens were sampled, as (rows, columns), and the logits [sampled, V] there.
 
     Only the sampled places go through the head: prompts, tool output and padding are more than half of all.
     """
-    sampled = rollouts.mask > 0
+    rows, columns = rollouts.sampled.nonzero(as_tuple=True)
     hidden = way.hidden(model, rollouts.inputs.contiguous())
+    places = rows.to(hidden.device, non_blocking=True), columns.to(hidden.device, non_blocking=True)
     with way.autocast():
-        logits = model.lm_head(hidden[sampled])
-    return sampled, logits
+        logits = model.lm_head(hidden[places])
+    return places, logits
 
 
 def in_parts(
@@ -96,25 +118,26 @@ def in_parts(
     rows, or as many as hold `tokens` with their padding (at least one). Gradients go through it, and what a part gives
     is that of its rows alone."""
     B, T = rollouts.mask.shape
-    last = (rollouts.mask * torch.arange(1, T + 1)).argmax(1)
+    last = rollouts.ends
     order = last.argsort(stable=True)
     outs: list[Tensor] = []
     for index in order.split(rows if tokens is None else sizes_of((last[order] + 2).tolist(), tokens)):
         parts = forward(rollouts.rows(index))
         if not outs:
-            outs = [torch.zeros(B, T) for _ in parts]
+            outs = [torch.zeros(B, T, device=part.device) for part in parts]
         for whole, part in zip(outs, parts, strict=True):
-            whole[index, : part.shape[1]] = part
+            whole[index.to(part.device, non_blocking=True), : part.shape[1]] = part
     return tuple(outs)
 
 
 def drawn_logprobs(turns: Sequence[Turn], rollouts: Rollouts) -> Tensor:
-    """The log-probabilities [B, T] with which the engine drew the sampled tokens; zero outside the mask."""
-    out = torch.zeros_like(rollouts.mask)
+    """The log-probabilities [B, T] with which the engine drew the sampled tokens, where `rollouts` are; zero outside the
+    mask."""
+    out = torch.zeros(rollouts.mask.shape)
     for row, turn in enumerate(turns):
         start = len(turn.prompt_ids) - 1
         out[row, start : start + len(turn.logprobs)] = torch.tensor(turn.logprobs)
-    return out * rollouts.mask
+    return out.to(rollouts.mask.device) * rollouts.mask
 
 
 def values(model: ValueModel, rollouts: Rollouts, way: Way) -> Tensor:

@@ -41,7 +41,7 @@ class Upper(nn.Module):
         inner.layers = nn.ModuleList(copy.deepcopy(block) for block in list(trunk.layers)[cut:])
         inner.norm = copy.deepcopy(trunk.norm)
         self.model = inner
-        self.score = nn.Linear(gpt.config.hidden_size, 1, bias=False)
+        self.score = nn.Linear(gpt.config.hidden_size, 1, bias=False).to(trunk.cos.device)
         with torch.no_grad():
             self.score.weight.copy_(torch.from_numpy(head)[None])
         self.register_buffer("cos", trunk.cos, persistent=False)
@@ -55,7 +55,9 @@ class Upper(nn.Module):
         for block in self.model.layers:  # type: ignore[union-attr]
             x = block(x, cos, sin, packed.mask)
         ends = [(b, end - 1) for b, spans in enumerate(packed.spans) for _, end in spans]
-        rows, places = (torch.tensor(side) for side in zip(*ends, strict=True))
+        rows, places = (
+            torch.tensor(side).to(x.device, non_blocking=True) for side in zip(*ends, strict=True)
+        )
         scores: Tensor = self.score(self.model.norm(x[rows, places])).squeeze(-1)  # type: ignore[operator]
         return scores.float()
 
@@ -73,7 +75,8 @@ class Upper(nn.Module):
 
 @dataclass(frozen=True)
 class UpperBatch:
-    """Packed rows with the hidden states they begin from, and their pairs by number of completion in the batch."""
+    """Packed rows with the hidden states they begin from, and their pairs by number of completion in the batch. On the
+    CPU; `to` the device of the module that learns."""
 
     states: Tensor  # [B, T, C]
     packed: PackedBatch
@@ -85,6 +88,16 @@ class UpperBatch:
     @property
     def weight(self) -> float:
         return float(self.weights.sum())
+
+    def to(self, device: torch.device) -> UpperBatch:
+        """The same on another device, or itself where it is there already."""
+        if self.states.device == device:
+            return self
+        states, *pairs = (
+            x.to(device, non_blocking=True)
+            for x in (self.states, self.first, self.second, self.target, self.weights)
+        )
+        return UpperBatch(states, self.packed.to(device), *pairs)
 
 
 class Cached:
@@ -140,6 +153,7 @@ class VoteLoss:
         self.way = way
 
     def __call__(self, model: Upper, chosen: UpperBatch) -> Tensor:
+        chosen = chosen.to(model.score.weight.device)
         scores = scored(model, chosen, self.way)
         margin = scores[chosen.first] - scores[chosen.second]
         losses = F.binary_cross_entropy_with_logits(margin, chosen.target, reduction="none")
@@ -147,7 +161,8 @@ class VoteLoss:
 
 
 def scored(model: Upper, chosen: UpperBatch, way: Way) -> Tensor:
-    """Scores [completions] of a batch."""
+    """Scores [completions] of a batch, where the model is."""
+    chosen = chosen.to(model.score.weight.device)
     with way.autocast():
         out: Tensor = model(chosen.states.to(way.torch_dtype), chosen.packed)
     return out

@@ -19,6 +19,7 @@ from stateofgpt.data.tasks import Tasks, tasks_of
 from stateofgpt.data.vote_file import read_comparisons
 from stateofgpt.errors import ConfigError, RunError
 from stateofgpt.model.checkpoint import load_reward
+from stateofgpt.model.device import CPU
 from stateofgpt.rl.group import COMPARED, GroupAlgorithm, GroupConfig, GroupOptimization
 from stateofgpt.rl.optimization import Logprobs, Optimization, UpdateConfig
 from stateofgpt.rl.ppo import PPO
@@ -62,7 +63,14 @@ def check_unrewarded(algorithm: Algorithm, reward: Reward | None, rankings: str 
 
 
 def scorer_of(
-    kind: Reward, reward: Path | None, update: UpdateConfig, chat: ChatFormat, tasks: Tasks, mean: float, std: float
+    kind: Reward,
+    reward: Path | None,
+    update: UpdateConfig,
+    chat: ChatFormat,
+    tasks: Tasks,
+    mean: float,
+    std: float,
+    device: str = CPU,
 ) -> Scorer:
     """The reward model in a folder with its usual scores, or the tasks' own check."""
     if kind == "verified":
@@ -70,7 +78,7 @@ def scorer_of(
     if reward is None:
         raise RunError("this run has no finished reward stage; run `sog reward`, or give --rl.reward verified")
     return LearnedScorer(
-        load_reward(reward),
+        load_reward(reward).to(device),
         mean=mean,
         std=std,
         pad_id=chat.tokenizer.pad,
@@ -100,7 +108,7 @@ def optimization_of(
     seed: int,
 ) -> Optimization:
     """The algorithm, with the policy in `start` as what learns and as its reference."""
-    (policy, reference), pad_id = policy_of(start, lora, seed), chat.tokenizer.pad
+    (policy, reference), pad_id = policy_of(start, lora, seed, way.device), chat.tokenizer.pad
     if algorithm in OFFLINE:
         return PreferenceOptimization(
             cast(OfflineAlgorithm, algorithm), policy, reference, scorer, update, offline, pairs_of(rankings, chat),
@@ -108,7 +116,8 @@ def optimization_of(
         )  # fmt: skip
     kept = logprobs or _logprobs(algorithm, way, temperature)
     if algorithm == "ppo":
-        value = value_of(start, scorer.model if isinstance(scorer, LearnedScorer) else None, reward, lora, seed + 1)
+        learned = scorer.model if isinstance(scorer, LearnedScorer) else None
+        value = value_of(start, learned, reward, lora, seed + 1, way.device)
         return PPO(policy, reference, value, scorer, update, pad_id=pad_id, way=way, logprobs=kept)
     if of_groups.accept is None and (algorithm == "rejection" or isinstance(scorer, VerifiedScorer)):
         of_groups = GroupConfig(of_groups.kl_loss, of_groups.normalise, RIGHT)

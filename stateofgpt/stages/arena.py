@@ -26,7 +26,7 @@ from stateofgpt.rl.labeller import SimulatedLabeller
 from stateofgpt.run import Run
 from stateofgpt.stages.evaluate import complete_plainly
 from stateofgpt.stages.transcript import written
-from stateofgpt.stages.way import is_native
+from stateofgpt.stages.way import device_of, is_native
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
 
@@ -57,7 +57,7 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         tokenizer, native = Tokenizer.load(present["sft"]), is_native(run)
         answers: dict[str, list[Conversation]] = {}
         for name, folder in present.items():
-            model = load_model(folder)
+            model = load_model(folder).to(device_of(run))
             if name == "base":
                 texts = [fake_transcript_prompt(p) for p in asked]
                 answers[name] = complete_plainly(

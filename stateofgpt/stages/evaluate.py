@@ -38,7 +38,7 @@ from stateofgpt.run import Run, Stage
 from stateofgpt.stages.transcript import written
 from stateofgpt.stages.varied import varied
 from stateofgpt.stages.watch import STOPPED
-from stateofgpt.stages.way import is_native
+from stateofgpt.stages.way import device_of, is_native
 from stateofgpt.text.chat import ChatFormat, Conversation, Message
 from stateofgpt.text.tokenizer import Tokenizer
 
@@ -100,13 +100,13 @@ class _Evaluation:
             raise RunError(f"{run.root} has no finetuned model to evaluate yet; run `sog sft` first")
         self.tokenizer = Tokenizer.load(self.folders["sft"])
         self.chat = ChatFormat(self.tokenizer)
-        self.native = is_native(run)
+        self.native, self.device = is_native(run), device_of(run)
 
     def work(self) -> dict[str, Any]:
         skills: dict[str, Any] = {}
         answers: dict[str, dict[str, str]] = {}
         diversity: dict[str, Any] = {}
-        models = {name: load_model(folder) for name, folder in self.folders.items()}
+        models = {name: load_model(folder).to(self.device) for name, folder in self.folders.items()}
         stopped = self.run.stage("rl").dir / STOPPED  # what a guard of reinforcement learning gave up
         scale = self.stage.decide("scale", lambda: {"scale": self._scale(models["sft"])})["scale"]
         tricks = self._tricks(models["base"], scale) if "base" in models else {}
@@ -116,7 +116,7 @@ class _Evaluation:
             else:
                 skills[name], answers[name] = self._skills(model, scale)
             diversity[name] = self._names(name, model)
-        kept = {**models, **({"rl_stopped": load_model(stopped)} if stopped.exists() else {})}
+        kept = {**models, **({"rl_stopped": load_model(stopped).to(self.device)} if stopped.exists() else {})}
         variety = {name: self._variety(name, model, scale) for name, model in kept.items()}
         questions = list(answers["sft"])
         if "base" in models:
@@ -284,10 +284,11 @@ def complete_plainly(
 @torch.no_grad()
 def mean_token_entropy(model: GPT, rows: Sequence[tuple[list[int], int]]) -> float:
     """Mean entropy in nats of the next-token distribution at every sampled place; rows are (ids, length of prompt)."""
-    total, n = 0.0, 0
+    device = model.lm_head.weight.device
+    sums, n = [], 0
     for ids, prompt in rows:
-        logits = model(torch.tensor([ids[:-1]]))[0, prompt - 1 :].float()
+        logits = model(torch.tensor([ids[:-1]]).to(device, non_blocking=True))[0, prompt - 1 :].float()
         logprobs = torch.log_softmax(logits, -1)
-        total += float(-(logprobs.exp() * logprobs).sum())
+        sums.append(-(logprobs.exp() * logprobs).sum())
         n += len(logits)
-    return total / max(1, n)
+    return sum(torch.stack(sums).tolist() if sums else (), 0.0) / max(1, n)

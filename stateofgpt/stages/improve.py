@@ -26,6 +26,7 @@ from stateofgpt.errors import ConfigError, RunError
 from stateofgpt.eval.suites import conversation
 from stateofgpt.infer.engine import Engine
 from stateofgpt.model.checkpoint import load_model, load_reward, read_lineage, save_checkpoint
+from stateofgpt.model.device import wait
 from stateofgpt.model.heads import RewardModel
 from stateofgpt.rl.labeller import SimulatedLabeller
 from stateofgpt.rl.reward_training import (
@@ -209,7 +210,7 @@ class _Round:
         with stage.timed():
             if (done := stage.result()) is not None:
                 return done
-            model = load_reward(self.old_reward)
+            model = load_reward(self.old_reward).to(self.way.device)
             before = stage.decide("before", lambda: self._accuracies(model))
             train = self.set.mixed(self.run.seed, self.config.epochs, self.config.replay)
             order = step_order(len(train), self.run.seed, training.prompts_per_step)
@@ -254,12 +255,14 @@ class _Round:
         """All steps, or as many as the reward model's share of the time allows, by a measured one."""
         if self.seconds is None:
             return len(order)
-        trainer = Trainer(load_reward(self.old_reward), self.config.training.loop, self.way.kernels)
-        context = load_reward(self.old_reward).config.max_position_embeddings
+        model = load_reward(self.old_reward).to(self.way.device)
+        trainer = Trainer(model, self.config.training.loop, self.way.kernels)
+        context = model.config.max_position_embeddings
         took = []
         for step in (order[0], order[-1]):
             start = time.perf_counter()
             trainer.step([ranked_batch(self.chat, [train[i] for i in step], context)], RankingLoss(self.way), 0.0)
+            wait(self.way.device)
             took.append(time.perf_counter() - start)
         return min(len(order), max(4, int(self.seconds * REWARD_SHARE / min(took))))
 
@@ -317,7 +320,7 @@ class _Round:
             for name, folder in (("before", self.policy), ("after", self.run.stage("rl").checkpoint)):
                 both = [*map(conversation, asked), *own]
                 answers[name] = arena.answers_of(
-                    load_model(folder), self.tokenizer, both, config, seed, is_native(self.run)
+                    load_model(folder).to(self.way.device), self.tokenizer, both, config, seed, is_native(self.run)
                 )
             n = len(asked)
             result = arena.hold(asked, {m: a[:n] for m, a in answers.items()}, SimulatedLabeller(seed), seed)
@@ -328,7 +331,8 @@ class _Round:
 
     def _own_battles(self, own: Sequence[Conversation], answers: dict[str, list[Conversation]]) -> dict[str, Any]:
         rows = [Ranking(p, (b, a), (1, 2)) for p, b, a in zip(own, answers["before"], answers["after"], strict=True)]
-        scores = score_rankings(load_reward(self.run.stage("reward").checkpoint), self.chat, rows)
+        judge = load_reward(self.run.stage("reward").checkpoint).to(self.way.device)
+        scores = score_rankings(judge, self.chat, rows)
 
         def prefer(i: int, a: Conversation, b: Conversation) -> float:
             before, after = scores[i]

@@ -66,7 +66,7 @@ def second_judge(run: Run, start: Path, rankings: Sequence[Ranking], chat: ChatF
     if not better_than_a_coin(right, n):
         return Judged(f"nobody: {told}, no better than a coin", None)
     scorer = LearnedScorer(
-        load_reward(stage.checkpoint),
+        load_reward(stage.checkpoint).to(way.device),
         mean=result["mean"],
         std=result["std"],
         pad_id=chat.tokenizer.pad,

@@ -15,23 +15,26 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from stateofgpt.model.checkpoint import load_model, load_reward
+from stateofgpt.model.device import CPU
 from stateofgpt.model.gpt import GPT
 from stateofgpt.model.heads import RewardModel, ValueModel
 from stateofgpt.stages.parent import trained
 
 
-def policy_of(start: Path, rank: int | None, seed: int) -> tuple[GPT, GPT]:
+def policy_of(start: Path, rank: int | None, seed: int, device: str = CPU) -> tuple[GPT, GPT]:
     """(policy, reference) from the model in `start`; one and the same where adapters tell them apart."""
-    policy = trained(load_model(start), rank, seed)
-    return policy, policy if rank is not None else load_model(start)
+    policy = trained(load_model(start).to(device), rank, seed)
+    return policy, policy if rank is not None else load_model(start).to(device)
 
 
-def value_of(start: Path, reward: RewardModel | None, folder: Path | None, rank: int | None, seed: int) -> ValueModel:
+def value_of(
+    start: Path, reward: RewardModel | None, folder: Path | None, rank: int | None, seed: int, device: str = CPU
+) -> ValueModel:
     """The value model: from the reward model, which lies in `folder` and is in use as `reward`, else from `start`."""
     if reward is None or folder is None:
-        return trained(ValueModel(load_model(start)), rank, seed)
+        return trained(ValueModel(load_model(start).to(device)), rank, seed)
     if rank is None:
-        return ValueModel(load_reward(folder))
+        return ValueModel(load_reward(folder).to(device))
     value = ValueModel(reward)
     value.score = copy.deepcopy(reward.score)
     return trained(value, rank, seed)

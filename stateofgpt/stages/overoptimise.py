@@ -26,6 +26,7 @@ from stateofgpt.errors import ConfigError, RunError
 from stateofgpt.eval.suites import conversation
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import load_model, load_reward, read_lineage
+from stateofgpt.model.device import CPU, choose_device
 from stateofgpt.rl.guards import GuardConfig
 from stateofgpt.rl.labeller import DEFAULT_NOISE, SimulatedLabeller
 from stateofgpt.rl.optimization import UpdateConfig
@@ -126,15 +127,17 @@ class _Experiment:
         self.labeller = SimulatedLabeller(run.seed, config.noise)
         self.labels = run.inside(LABELS)
         self.way = Way(**self.labels.decide("way", self._way))
-        engine = Engine(load_model(start), max_batch=128, native=self.way.native)
+        engine = Engine(load_model(start).to(self.way.device), max_batch=128, native=self.way.native)
         self.session = Session(engine, self.chat, Toolbox())
 
     def _way(self) -> dict[str, Any]:
-        """How the model's own run trained, else float32 through the kernels where they can be had."""
+        """How the model's own run trained, else in bfloat16 on a GPU, else float32 through the kernels where they can be
+        had."""
         try:
             return asdict(way_of(Run.read(self.start.resolve().parent.parent)))
         except (RunError, KeyError):
-            return asdict(Way("float32", can_fuse()))
+            device = choose_device()
+            return asdict(Way("float32", can_fuse()) if device == CPU else Way("bfloat16", device=device))
 
     def work(self) -> dict[str, Any]:
         with self.labels.timed():
@@ -248,7 +251,7 @@ class _Experiment:
         path = stage.dir / f"rewards_{name}.json"
         if not path.exists():
             proxy = self.run.inside(f"proxies/{name}")
-            usual, model = proxy.result() or {}, load_reward(proxy.checkpoint)
+            usual, model = proxy.result() or {}, load_reward(proxy.checkpoint).to(self.way.device)
             with stage.timed():
                 rewards = pool.rewards(
                     model, usual["mean"], usual["std"], self.tokenizer.pad, self.config.rl.ppo.no_end_score

@@ -50,7 +50,7 @@ def taught(
     while len(order) < least_steps:
         order += step_order(len(rankings), seed + len(order), training.prompts_per_step)
     with stage.timed():
-        model = RewardModel(load_model(start), chat.tokenizer.pad)
+        model = RewardModel(load_model(start).to(way.device), chat.tokenizer.pad)
         learn(model, chat, rankings, held_out, order, stage, training, way)
         told = about(model)
         save_checkpoint(

@@ -26,6 +26,7 @@ from stateofgpt.eval.statistics import spearman
 from stateofgpt.eval.suites import conversation
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import load_model, save_checkpoint
+from stateofgpt.model.device import wait
 from stateofgpt.model.heads import RewardModel
 from stateofgpt.rl.labeller import DEFAULT_NOISE, SimulatedLabeller, noise_ceiling, pairs_of
 from stateofgpt.rl.reward_training import (
@@ -147,7 +148,8 @@ class _RewardModelling:
         return self._finish(model, train, held_out)
 
     def _fresh(self) -> RewardModel:
-        return trained(RewardModel(load_model(self.sft), self.tokenizer.pad), self.config.lora, self.run.seed)
+        start = load_model(self.sft).to(self.way.device)
+        return trained(RewardModel(start, self.tokenizer.pad), self.config.lora, self.run.seed)
 
     # ---- rankings -------------------------------------------------------------------------------------------------
 
@@ -158,7 +160,7 @@ class _RewardModelling:
                 raise DataError(f"{self.config.rankings} holds {len(own)} rankings; at least 20 are needed")
             held_out = max(2, len(own) // 10)
             return self._kept(own[held_out:], own[:held_out])
-        engine = Engine(load_model(self.sft), max_batch=96, native=self.way.native)
+        engine = Engine(load_model(self.sft).to(self.way.device), max_batch=96, native=self.way.native)
         session = Session(engine, self.chat, Toolbox())
         held_out_rankings = self._sampled(session, "heldout", self.config.held_out_prompts)
         n = self.stage.decide("prompts", lambda: {"n": self._affordable(session)})["n"]
@@ -187,6 +189,7 @@ class _RewardModelling:
         learning = time.perf_counter()
         for i in range(0, len(chunk), per_step):
             trainer.step([ranked_batch(self.chat, chunk[i : i + per_step], context)], RankingLoss(self.way), 0.0)
+        wait(self.way.device)
         now = time.perf_counter()
         seconds, scoring = now - start, (now - learning) / 3 / CHUNK
         scored = self.config.held_out_prompts * (self.config.training.looks + 2) + USUAL

@@ -34,6 +34,13 @@ def is_native(run: Run) -> bool:
     return bool(run.stage("pretrain").decided("engine").get("native", False))
 
 
+def device_of(run: Run) -> str:
+    """The device of a run's models: the CPU where pretraining decided nothing else."""
+    kept = run.config.get("way")
+    decided: str = (run.stage("pretrain").decided("plan") if kept is None else kept).get("device", CPU)
+    return decided
+
+
 def as_config(way: Way) -> dict[str, Any]:
     """A way as a round of feedback carries it: rounds that began before there was a native path, or another device than
     the CPU, have no word of them."""
