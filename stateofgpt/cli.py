@@ -151,6 +151,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         _recipe_options(stage)
 
     _reward_options(verbs["reward"])
+    _rl_options(verbs["rl"])
 
     report = verb("report", act.report, "write the run's report, one HTML file")
     report.add_argument("run", nargs="?", metavar="RUN", help="a run folder or its name; default: the newest")
@@ -271,12 +272,28 @@ def _reward_options(parser: Parser) -> None:
     parser.option("--layers", type=to_count, metavar="N", help="with DATA: the last N blocks learn (with --lora: 4)")
     parser.option("--folds", type=to_count, metavar="K", help="with DATA: parts of the cross-validation (default 5)")
     parser.option("--context", type=to_count, help="with DATA: tokens of a prompt and its longest answer (default 512)")
+    parser.option("--device", help="with DATA: cpu or cuda (default: cuda where there is one)")
     parser.option("--json", action="store_true", help="with DATA: the whole health as JSON")
 
 
 def _device_option(parser: Parser) -> None:
     text = "cpu, cuda, or one of several as cuda:1 (default: a GPU where there is one)"
     parser.option("--device", metavar="NAME", help=text)
+
+
+def _rl_options(parser: Parser) -> None:
+    """`sog rl` alone is a run's stage; with a file of prompts, a policy from a model and a reward model."""
+    parser.set_defaults(act=act.rl)
+    parser.usage = (
+        "sog rl --out RUN [...]                          the run's own stage\n"
+        "       sog rl PROMPTS --from MODEL --reward MODEL [--judge MODEL] [--minutes M] [--out RUN] [--rl.batch N ...]"
+    )
+    text = "a file of people's prompts, or of votes: .jsonl or .json, also .gz"
+    parser.add_argument("data", nargs="?", metavar="PROMPTS", type=Path, help=text)
+    parser.option("--reward", metavar="MODEL", help="with PROMPTS: the reward model to climb")
+    parser.option("--judge", metavar="MODEL", help="with PROMPTS: another reward model, which is only asked")
+    parser.option("--context", type=to_count, help="with PROMPTS: tokens of a prompt and its answer (default 512)")
+    parser.option("--device", help="with PROMPTS: cpu or cuda (default: cuda where there is one)")
 
 
 def _model_argument(parser: Parser, *, optional: bool = False) -> None:

@@ -50,7 +50,7 @@ def run_stage(options: argparse.Namespace) -> None:
 
 def reward(options: argparse.Namespace) -> None:
     """A run's reward stage; with a file of votes a reward model from it, or the health of one."""
-    only_with_data = ("health", "lora", "layers", "folds", "context", "json")
+    only_with_data = ("health", "lora", "layers", "folds", "context", "device", "json")
     if options.data is None:
         for name in only_with_data:
             if getattr(options, name):
@@ -64,7 +64,7 @@ def reward(options: argparse.Namespace) -> None:
     from stateofgpt.recipes import votes
 
     if options.health is not None:
-        return votes.health(resolve_model(options.health), options.data, as_json=options.json)
+        return votes.health(resolve_model(options.health), options.data, as_json=options.json, device=options.device)
     if options.start is None:
         raise ConfigError("a reward model begins from a model: give --from MODEL (`sog import smollm2` brings one)")
     return votes.train(
@@ -78,7 +78,39 @@ def reward(options: argparse.Namespace) -> None:
         layers=options.layers,
         folds=options.folds or 5,
         context=options.context or 512,
+        device=options.device,
     )
+
+
+def rl(options: argparse.Namespace) -> None:
+    """A run's reinforcement learning; with a file of prompts a policy from a model and a reward model."""
+    if options.data is None:
+        for name in ("reward", "judge", "context", "device"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name} needs a file of prompts: sog rl PROMPTS ...")
+        return run_stage(options)
+    if options.recipe is not None or options.corpus is not None:
+        name = "recipe" if options.recipe is not None else "corpus"
+        raise ConfigError(f"--{name} is for a run's own stage and means nothing beside a file of prompts")
+    if not options.data.exists():
+        raise DataError(f"{options.data}: there is no such file")
+    if options.start is None or options.reward is None:
+        raise ConfigError("a policy begins from a model and climbs a reward: give --from MODEL and --reward MODEL")
+    from stateofgpt.recipes import prompts
+
+    config = prompts.settings(
+        options.data,
+        resolve_model(options.start),
+        resolve_model(options.reward),
+        judge=None if options.judge is None else resolve_model(options.judge),
+        context=options.context or 512,
+        device=options.device,
+        minutes=options.minutes,
+        overrides=options.overrides,
+    )
+    out = options.out or Path("runs") / f"prompts-{options.data.name.split('.')[0]}"
+    prompts.train(config, out, options.seed or 0)
+    return None
 
 
 def _load(options: argparse.Namespace, name: str) -> Any:

@@ -164,7 +164,7 @@ def test_some_rows_are_those_rows_without_their_common_padding() -> None:
 
 
 def test_rows_in_which_nothing_was_drawn_do_no_harm() -> None:
-    none = Rollouts(torch.tensor([[5, 6, 7, 3], [8, 9, 3, 3]]), torch.zeros(2, 3))
+    none = Rollouts.of(torch.tensor([[5, 6, 7, 3], [8, 9, 3, 3]]), torch.zeros(2, 3))
     part = none.rows(torch.tensor([1]))
     assert part.ids.shape == (1, 2) and not part.mask.any()
     assert policy_logprobs(small_model(), part, Way())[0].isfinite().all()

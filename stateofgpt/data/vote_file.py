@@ -73,7 +73,7 @@ def read_comparisons(path: Path | str) -> Comparisons:
     forms: Counter[str] = Counter()
     faults: list[str] = []
     n_faults = n_rows = 0
-    for place, row in _rows(path):
+    for place, row in each_row(path):
         n_rows += 1
         try:
             if isinstance(row, DataError):
@@ -103,7 +103,7 @@ def read_comparisons(path: Path | str) -> Comparisons:
     return found
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+def each_row(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, row) of every row; a DataError in place of one that is no JSON object."""
     try:
         with path.open("rb") as raw:

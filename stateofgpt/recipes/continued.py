@@ -40,7 +40,7 @@ BATCH, BATCH_OF_LARGE = 32, 16  # answers of an iteration of reinforcement learn
 def continued(recipe: Recipe, model: Path) -> Recipe:
     """`recipe`, beginning from the model in a folder, with its tokenizer and chat template."""
     parent = str(model.resolve())
-    large = _hidden_weights(model) >= LARGE
+    large = is_large(model)
     asked = ASKED_OF_LARGE if large else ASKED
     guards = recipe.rl.guards or GuardConfig()
     made = replace(
@@ -78,13 +78,14 @@ def continued(recipe: Recipe, model: Path) -> Recipe:
             held_out_prompts=min(recipe.rl.held_out_prompts, asked),
             guards=replace(guards, prompts=min(guards.prompts, asked)),
             save_every_s=SAVE_EVERY_S,
-            ppo=_gentle(recipe.rl.ppo, large),
+            ppo=gentle(recipe.rl.ppo, large),
         ),
     )
     return replace(made, arena=replace(recipe.arena, prompts=min(recipe.arena.prompts, asked)))
 
 
-def _gentle(ppo: PPOConfig, large: bool) -> PPOConfig:
+def gentle(ppo: PPOConfig, large: bool) -> PPOConfig:
+    """The same updates at the rates of a model that has something to lose."""
     policy, value = (POLICY_OF_LARGE, VALUE_OF_LARGE) if large else (POLICY, VALUE)
     return replace(ppo, policy=_at(ppo.policy, policy, policy), value=_at(ppo.value, value, value))
 
@@ -92,6 +93,11 @@ def _gentle(ppo: PPOConfig, large: bool) -> PPOConfig:
 def _at(loop: LoopConfig, lr: float, muon_lr: float, large: bool = False) -> LoopConfig:
     optim = replace(loop.optim, lr=lr, muon_lr=muon_lr, use_muon=loop.optim.use_muon and not large)
     return replace(loop, save_every_s=SAVE_EVERY_S, optim=optim)
+
+
+def is_large(model: Path) -> bool:
+    """Whether the model in a folder has AdamW alone."""
+    return _hidden_weights(model) >= LARGE
 
 
 def _hidden_weights(model: Path) -> int:

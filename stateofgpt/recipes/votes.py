@@ -16,6 +16,7 @@ from stateofgpt.config import to_dict
 from stateofgpt.data.vote_file import read_comparisons
 from stateofgpt.eval import health as measures
 from stateofgpt.model.checkpoint import load_reward, read_lineage
+from stateofgpt.model.device import choose_device
 from stateofgpt.report.build import build
 from stateofgpt.report.health import told
 from stateofgpt.rl.reward_training import score_rankings
@@ -40,6 +41,7 @@ def train(
     layers: int | None,
     folds: int,
     context: int,
+    device: str | None,
 ) -> None:
     """Train a reward model on the votes in `data` from `model` in the run folder `out`, or continue that."""
     console = Console(highlight=False, stderr=as_json)
@@ -51,8 +53,9 @@ def train(
         layers=layers,
         folds=folds,
         context=context,
+        device=device,
     )
-    with Run.open(out, RECIPE, to_dict(config), seed, ignore_keys=("seconds", "data", "model")) as run:
+    with Run.open(out, RECIPE, to_dict(config), seed, ignore_keys=("seconds", "data", "model", "device")) as run:
         result = votes.run(config, run, lambda line: console.print(line, style="dim", markup=False, soft_wrap=True))
         write_json(run.summary_path, {"reward": {k: v for k, v in result.items() if k != "examples"}})
         build(run.root)
@@ -65,10 +68,10 @@ def train(
         )
 
 
-def health(model: Path, data: Path, *, as_json: bool) -> None:
+def health(model: Path, data: Path, *, as_json: bool, device: str | None = None) -> None:
     """Print whether the reward model can be trusted on the votes in `data`."""
     found = read_comparisons(data)
-    reward = load_reward(model)
+    reward = load_reward(model).to(choose_device(device))
     scores = score_rankings(reward, ChatFormat(Tokenizer.load(model)), found.rankings)
     seen = read_lineage(model).metrics.get("trained_on") == sha256_file(data)
     measured: dict[str, Any] = measures.health(scores, found.rankings, seen=seen)

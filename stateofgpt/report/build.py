@@ -72,6 +72,8 @@ def render(record: Record) -> str:
     chapters = [chapter for chapter in CHAPTERS if NEEDS.get(chapter, record.order[0]) in record.order]
     if _of_votes(record):
         chapters = [health.health, verdicts.family]
+    if _of_prompts(record):
+        chapters = [assistants.reinforcement, verdicts.family]
     if record.sizes:
         chapters.insert(chapters.index(training.pretraining) + 1, sizes.sizes)
     return pages.page(title, _head(record, title), [chapter(record) for chapter in chapters], _foot(record))
@@ -80,6 +82,11 @@ def render(record: Record) -> str:
 def _of_votes(record: Record) -> bool:
     """Whether the run is a reward model made of a file of votes, with no stage before it."""
     return record.order == ("reward",)
+
+
+def _of_prompts(record: Record) -> bool:
+    """Whether the run is a policy made of a file of prompts, with no stage before it."""
+    return record.order == ("rl",)
 
 
 def _total(record: Record) -> float:
@@ -91,6 +98,8 @@ def _title(record: Record) -> str:
     total = _total(record)
     if _of_votes(record):
         return "A reward model, made of people’s votes"
+    if _of_prompts(record):
+        return "A policy, trained on people’s prompts"
     what, made = ("An assistant", "raised") if "sft" in record.order else ("A base model", "trained")
     if not (record.leaderboard() if "arena" in record.order else record.result(record.order[-1])):
         return f"{what} in the making"
@@ -110,6 +119,8 @@ def _head(record: Record, title: str) -> Markup:
     )
     if _of_votes(record):
         intro = "From votes on pairs of answers to a model that predicts them, and what of that can be trusted."
+    if _of_prompts(record):
+        intro = "From prompts and a reward model to a policy that earns more of it, and how far it went for that."
     figures = [
         (count(number(trained.get("n_params"))), "parameters"),
         (count(number(trained.get("tokens"))), "tokens read"),

@@ -91,8 +91,8 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class Experience:
-    """Rollouts with all that the updates hold fixed, on the device of what learns. Tensors are [B, T]; advantages may be
-    [B, 1]."""
+    """Rollouts with all that the updates hold fixed, on the device of what learns. Tensors are [B, T]; advantages may
+    be [B, 1]."""
 
     rollouts: Rollouts
     logprobs: Tensor
@@ -130,8 +130,8 @@ class Experience:
 
 @dataclass(frozen=True)
 class Seen:
-    """Answers before anything is learned from them, on the CPU: `scores` [B], log-probabilities [B, T], and what to tell.
-    `there` are the rollouts on the models' device."""
+    """Answers before anything is learned from them, on the CPU: `scores` [B], log-probabilities [B, T], and what to
+    tell. `there` are the rollouts on the models' device."""
 
     rollouts: Rollouts
     there: Rollouts
@@ -157,7 +157,7 @@ class Told:
     def _floats(self, name: str) -> list[float]:
         found = self._found[name]
         waiting = [value for value in found if isinstance(value, Tensor)]
-        known = iter(torch.stack(waiting).tolist() if waiting else ())
+        known = iter(torch.stack(waiting).cpu().tolist() if waiting else ())
         return [next(known) if isinstance(value, Tensor) else value for value in found]
 
 

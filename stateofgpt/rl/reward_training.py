@@ -152,7 +152,7 @@ def score_ids(
         found.append(model(pad([rows[i] for i in chosen], pad_id, limit).to(device, non_blocking=True)))
         start += size
     out = [0.0] * len(rows)
-    for i, score in zip(order, torch.cat(found).tolist() if found else (), strict=True):
+    for i, score in zip(order, torch.cat(found).cpu().tolist() if found else (), strict=True):
         out[i] = score
     return out
 

@@ -28,11 +28,12 @@ class Rollouts:
 
     ids: Tensor
     mask: Tensor
-    sampled: Tensor = None  # type: ignore[assignment]  # made of the mask
+    sampled: Tensor
 
-    def __post_init__(self) -> None:
-        if self.sampled is None:
-            object.__setattr__(self, "sampled", self.mask.cpu() > 0)
+    @staticmethod
+    def of(ids: Tensor, mask: Tensor) -> Rollouts:
+        """From tensors of the CPU."""
+        return Rollouts(ids, mask, mask > 0)
 
     @property
     def inputs(self) -> Tensor:
@@ -69,7 +70,7 @@ def rollouts_of(turns: Sequence[Turn], pad_id: int) -> Rollouts:
     for row, turn in enumerate(turns):
         start = len(turn.prompt_ids) - 1
         mask[row, start : start + len(turn.mask)] = torch.tensor(turn.mask, dtype=torch.float32)
-    return Rollouts(ids, mask)
+    return Rollouts.of(ids, mask)
 
 
 def laid_out(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, context: int) -> Rollouts:
@@ -80,7 +81,7 @@ def laid_out(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, c
     for number, (_, learned) in enumerate(rows):
         kept = learned[-context:][1:]  # the first id of a text is predicted by nothing
         mask[number, : len(kept)] = torch.tensor(kept, dtype=torch.float32)
-    return Rollouts(ids, mask)
+    return Rollouts.of(ids, mask)
 
 
 def policy_logprobs(model: GPT, rollouts: Rollouts, way: Way) -> tuple[Tensor, Tensor]:
@@ -131,8 +132,8 @@ def in_parts(
 
 
 def drawn_logprobs(turns: Sequence[Turn], rollouts: Rollouts) -> Tensor:
-    """The log-probabilities [B, T] with which the engine drew the sampled tokens, where `rollouts` are; zero outside the
-    mask."""
+    """The log-probabilities [B, T] with which the engine drew the sampled tokens, where `rollouts` are; zero outside
+    the mask."""
     out = torch.zeros(rollouts.mask.shape)
     for row, turn in enumerate(turns):
         start = len(turn.prompt_ids) - 1

@@ -55,9 +55,7 @@ class Upper(nn.Module):
         for block in self.model.layers:  # type: ignore[union-attr]
             x = block(x, cos, sin, packed.mask)
         ends = [(b, end - 1) for b, spans in enumerate(packed.spans) for _, end in spans]
-        rows, places = (
-            torch.tensor(side).to(x.device, non_blocking=True) for side in zip(*ends, strict=True)
-        )
+        rows, places = (torch.tensor(side).to(x.device, non_blocking=True) for side in zip(*ends, strict=True))
         scores: Tensor = self.score(self.model.norm(x[rows, places])).squeeze(-1)  # type: ignore[operator]
         return scores.float()
 
@@ -94,8 +92,7 @@ class UpperBatch:
         if self.states.device == device:
             return self
         states, *pairs = (
-            x.to(device, non_blocking=True)
-            for x in (self.states, self.first, self.second, self.target, self.weights)
+            x.to(device, non_blocking=True) for x in (self.states, self.first, self.second, self.target, self.weights)
         )
         return UpperBatch(states, self.packed.to(device), *pairs)
 

@@ -128,9 +128,11 @@ def optimization_of(
 
 
 def _logprobs(algorithm: Algorithm, way: Way, temperature: float) -> Logprobs:
-    """The engine's where the updates are in float32 and so compute the same numbers, and where the entropy that is told
-    can be estimated from them. PPO keeps computing them: runs made before there was a choice end in the same bits."""
-    return "engine" if algorithm != "ppo" and way.dtype == "float32" and temperature == 1.0 else "training"
+    """The engine's where the updates are in float32 on the CPU and so compute the same numbers (elsewhere the engine is
+    in bfloat16), and where the entropy that is told can be estimated from them. PPO keeps computing them: runs made
+    before there was a choice end in the same bits."""
+    exact = way.dtype == "float32" and way.device == CPU
+    return "engine" if algorithm != "ppo" and exact and temperature == 1.0 else "training"
 
 
 def rankings_of(run: Run, file: str | None) -> list[Ranking]:

@@ -291,4 +291,4 @@ def mean_token_entropy(model: GPT, rows: Sequence[tuple[list[int], int]]) -> flo
         logprobs = torch.log_softmax(logits, -1)
         sums.append(-(logprobs.exp() * logprobs).sum())
         n += len(logits)
-    return sum(torch.stack(sums).tolist() if sums else (), 0.0) / max(1, n)
+    return sum(torch.stack(sums).cpu().tolist() if sums else (), 0.0) / max(1, n)

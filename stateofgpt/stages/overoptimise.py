@@ -131,8 +131,8 @@ class _Experiment:
         self.session = Session(engine, self.chat, Toolbox())
 
     def _way(self) -> dict[str, Any]:
-        """How the model's own run trained, else in bfloat16 on a GPU, else float32 through the kernels where they can be
-        had."""
+        """How the model's own run trained, else in bfloat16 on a GPU, or in float32 through the kernels where they can
+        be had."""
         try:
             return asdict(way_of(Run.read(self.start.resolve().parent.parent)))
         except (RunError, KeyError):

@@ -22,12 +22,13 @@ from stateofgpt.assistant.tools import Toolbox
 from stateofgpt.data.comparisons import Ranking
 from stateofgpt.data.prompts import PromptConfig, repeated
 from stateofgpt.data.skills import Problem
-from stateofgpt.data.tasks import tasks_of
+from stateofgpt.data.tasks import Tasks, tasks_of
 from stateofgpt.errors import ConfigError
 from stateofgpt.eval.diversity import sign_flip_test
 from stateofgpt.eval.suites import conversation
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import save_checkpoint
+from stateofgpt.model.device import wait
 from stateofgpt.rl.group import GroupConfig
 from stateofgpt.rl.guards import GuardConfig
 from stateofgpt.rl.labeller import SimulatedLabeller
@@ -48,7 +49,7 @@ from stateofgpt.stages.judge import rankings_apart
 from stateofgpt.stages.learners import kept, learned
 from stateofgpt.stages.manners import shares
 from stateofgpt.stages.transcript import written
-from stateofgpt.stages.watch import STOPPED, restore, watch_of
+from stateofgpt.stages.watch import STOPPED, Watch, restore, watch_of
 from stateofgpt.stages.way import way_of
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
@@ -136,6 +137,9 @@ class PolicyTraining:
     is that of the others, and with verified rewards they are not asked. `rankings` are what dpo, ipo and kto learn.
     """
 
+    names = ("true_sft", "true_rl", "true_score")  # of scores: before and after in the result, and in a model card
+    context: int | None = None  # tokens of a prompt and its answer, where they are fewer than the model's
+
     def __init__(
         self,
         config: Config,
@@ -150,6 +154,7 @@ class PolicyTraining:
         own_share: float = 0.0,
         rankings: Sequence[Ranking] = (),
         apart: Sequence[Ranking] | None = None,
+        tasks: Tasks | None = None,
     ) -> None:
         self.config, self.run, self.stage, self.start, self.reward = config, run, stage, start, reward
         algorithm, self.group = config.chosen, group_of(config.chosen, config.group)
@@ -162,37 +167,32 @@ class PolicyTraining:
         self.tokenizer = Tokenizer.load(start)
         self.chat = ChatFormat(self.tokenizer)
         self.labeller = SimulatedLabeller(run.seed)
-        self.tasks = tasks_of(config.tasks, run.seed, config.prompts)
-        scorer = scorer_of(kind, reward, config.ppo, self.chat, self.tasks, mean, std)
+        self.way = way
+        self.tasks = tasks or tasks_of(config.tasks, run.seed, config.prompts)
+        scorer = scorer_of(kind, reward, config.ppo, self.chat, self.tasks, mean, std, way.device)
         self.optimization = optimization_of(
-            algorithm,
-            start,
-            reward,
-            scorer,
-            config.ppo,
-            self.chat,
-            way,
-            group=self.group,
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            of_groups=config.groups or GroupConfig(),
-            offline=config.offline or OfflineConfig(),
-            logprobs=config.logprobs,
-            rankings=rankings,
-            lora=config.lora,
-            seed=run.seed,
-        )
+            algorithm, start, reward, scorer, config.ppo, self.chat, way,
+            group=self.group, max_tokens=config.max_tokens, temperature=config.temperature,
+            of_groups=config.groups or GroupConfig(), offline=config.offline or OfflineConfig(),
+            logprobs=config.logprobs, rankings=rankings, lora=config.lora, seed=run.seed,
+        )  # fmt: skip
         if config.ppo.pretraining is not None:
             self.optimization.pretraining = pretraining_of(run, config.ppo, self.tokenizer.eot)
         self.policy = self.optimization.policy
-        self.engine = Engine(self.policy, max_batch=config.batch, native=way.native)
+        self.engine = Engine(self.policy, max_batch=config.batch, max_context=self.context, native=way.native)
         self.session = Session(self.engine, self.chat, Toolbox())
         # the policy before the last update: what remains when that update leads past the KL budget
         self.within_budget = kept(self.policy)
-        self.watch = watch_of(
-            config.guards or GuardConfig(), run, stage, start, self.optimization, self.tasks, self.chat, way,
-            lambda asked: self._answer(asked, run.seed * 1_000_003 - 2), self._true_scores, apart,
+        self.watch = self._watch(apart)
+
+    def _watch(self, apart: Sequence[Ranking] | None) -> Watch:
+        return watch_of(
+            self.config.guards or GuardConfig(), self.run, self.stage, self.start, self.optimization, self.tasks,
+            self.chat, self.way, self._looked_at, self._true_scores, apart,
         )  # fmt: skip
+
+    def _looked_at(self, asked: Sequence[Problem]) -> list[Turn]:
+        return self._answer(asked, self.run.seed * 1_000_003 - 2)
 
     def work(self) -> dict[str, Any]:
         held_out = self.tasks.problems(self.config.held_out_prompts, "heldout", 10_000)
@@ -236,12 +236,15 @@ class PolicyTraining:
             factor = warmup_stable_decay(i, iterations, warmup=2, decay_share=0.5, floor=0.1)
             order = torch.Generator().manual_seed(self.run.seed * 1_000_003 + i)
             watched |= self.optimization.update(experience, order, factor, watched["kl"])
-        turns = turns[: len(asked)]
-        scores = self._true_scores(asked, turns)
-        self.stage.log(i + 1, **watched, true_score=fmean(scores), **shares(asked, turns))
-        for problem, turn, score in list(zip(asked, turns, scores, strict=True))[:SHOWN]:
-            self.stage.sample(i + 1, prompt=problem.question, text=written(turn.messages), true_score=score)
+        self._note(i + 1, asked, turns[: len(asked)], watched)
         return watched["kl"]
+
+    def _note(self, step: int, asked: Sequence[Problem], turns: Sequence[Turn], watched: dict[str, float]) -> None:
+        """Log an iteration."""
+        scores = self._true_scores(asked, turns)
+        self.stage.log(step, **watched, true_score=fmean(scores), **shares(asked, turns))
+        for problem, turn, score in list(zip(asked, turns, scores, strict=True))[:SHOWN]:
+            self.stage.sample(step, prompt=problem.question, text=written(turn.messages), true_score=score)
 
     def _drawn(self, i: int) -> tuple[list[Problem], list[Conversation]]:
         """What is asked in batch `i`, each as often as it is answered: problems, and prompts of people's."""
@@ -253,7 +256,10 @@ class PolicyTraining:
     def _answer(self, asked: Sequence[Problem], seed: int, own: Sequence[Conversation] = ()) -> list[Turn]:
         self.engine.refresh()
         params = SamplingParams(max_tokens=self.config.max_tokens, temperature=self.config.temperature, seed=seed)
-        return self.session.converse([*map(conversation, asked), *own], params)
+        return self.session.converse([*map(self._conversation, asked), *own], params)
+
+    def _conversation(self, problem: Problem) -> Conversation:
+        return conversation(problem)
 
     def _true_scores(self, asked: Sequence[Problem], turns: Sequence[Turn]) -> list[float]:
         """By the simulated labeller without noise; of tasks that it does not know, what their check says."""
@@ -285,6 +291,7 @@ class PolicyTraining:
         turns = self._answer(asked, 0, own)
         experience, watched = self.optimization.experience(turns, [*asked, *[None] * len(own)])
         self.optimization.update(experience, torch.Generator().manual_seed(0), 0.0, watched["kl"])
+        wait(self.way.device)
         seconds = time.perf_counter() - start
         self._load(tensors, numbers)
         measuring = self.stage.seconds() - seconds
@@ -311,8 +318,8 @@ class PolicyTraining:
             "iterations": iterations,
             "stopped": stopped,
             "given_up": given_up,
-            "true_sft": fmean(before["scores"]),
-            "true_rl": fmean(after["scores"]),
+            self.names[0]: fmean(before["scores"]),
+            self.names[1]: fmean(after["scores"]),
             "p_value": sign_flip_test(after["scores"], before["scores"], seed=self.run.seed),
             "n": len(held_out),
             "kl": after["kl"],
@@ -322,7 +329,7 @@ class PolicyTraining:
             "after": {k: v for k, v in after.items() if k != "scores"},
             "guards": self.watch.told(),
         }
-        self._save(self.stage.checkpoint, {"true_score": result["true_rl"], "kl": result["kl"]})
+        self._save(self.stage.checkpoint, {self.names[2]: fmean(after["scores"]), "kl": result["kl"]})
         TrainState(self.stage.resume_dir).clear()
         self.stage.finish(result)
         return result

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from stateofgpt.errors import ConfigError
+from stateofgpt.model.device import wait
 from stateofgpt.model.gpt import GPT
 from stateofgpt.rl.linear import Floats, Ints
 from stateofgpt.rl.reward_training import step_order
@@ -58,7 +59,7 @@ class Trained:
         """Scores of the completions of some rankings, in their order."""
         out: dict[int, list[float]] = {}
         for part, batch in self.cached.parts([int(i) for i in chosen]):
-            numbers = iter(scored(self.module, batch, self.way).tolist())
+            numbers = iter(scored(self.module, batch, self.way).cpu().tolist())
             for i in part:
                 out[i] = [next(numbers) for _ in made.rows[i].completions]
         return [out[int(i)] for i in chosen]
@@ -121,9 +122,11 @@ def _affordable(
     trainer = Trainer(upper, replace(loop, optim=replace(loop.optim, weight_decay=0.0)))
     timed = order[len(order) // 2 :][:2]
     trainer.step(cached.batches(timed[0]), loss, 0.0)
+    wait(upper.score.weight.device)
     began = time.monotonic()
     for step in timed:
         trainer.step(cached.batches(step), loss, 0.0)
+    wait(upper.score.weight.device)
     each = (time.monotonic() - began) / len(timed)
     assert config.seconds is not None
     left = config.seconds - parent.seconds()

@@ -71,7 +71,8 @@ def material(
     random.Random(f"votes {seed}").shuffle(order)
     rows = [pack(chat, rankings[i], context) for i in order]
     depths = depths_of(model.config.num_hidden_layers)
-    way = Way(stage.decide("features", lambda: {"dtype": _fastest(model, rows[:TIMED], chat, depths)})["dtype"])
+    dtype = stage.decide("features", lambda: {"dtype": _fastest(model, rows[:TIMED], chat, depths)})["dtype"]
+    way = Way(dtype, device=str(model.lm_head.weight.device))
     folder = stage.dir / FEATURES
     folder.mkdir(exist_ok=True)
 
@@ -140,9 +141,10 @@ def _kept(path: Path) -> dict[str, Tensor] | None:
 def _fastest(model: GPT, rows: Sequence[PackedRow], chat: ChatFormat, depths: Sequence[int]) -> Dtype:
     """The precision in which features are computed faster here, each once warm."""
     took: dict[Dtype, float] = {}
+    device = str(model.lm_head.weight.device)
     for dtype in ("float32", "bfloat16"):
-        compute(model, rows[:1], chat.tokenizer.pad, depths, Way(dtype))
-        began = time.perf_counter()
-        compute(model, rows, chat.tokenizer.pad, depths, Way(dtype))
+        compute(model, rows[:1], chat.tokenizer.pad, depths, Way(dtype, device=device))
+        began = time.perf_counter()  # features are on the CPU when they are there
+        compute(model, rows, chat.tokenizer.pad, depths, Way(dtype, device=device))
         took[dtype] = time.perf_counter() - began
     return min(took, key=lambda dtype: took[dtype])

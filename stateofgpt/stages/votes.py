@@ -26,6 +26,7 @@ from stateofgpt.rl.linear import Choice, Floats, Ints, Judged, choose, fit_heads
 from stateofgpt.run import Run, Stage, sha256_file
 from stateofgpt.stages.upper_training import UpperConfig, train_upper
 from stateofgpt.stages.vote_features import FEATURES, Material, material
+from stateofgpt.stages.way import begin_on
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.text.tokenizer import Tokenizer
 
@@ -39,7 +40,7 @@ FEATURES_SHARE = {True: 0.4, False: 0.8}  # of the time, with upper blocks train
 class Config:
     """`data` is the file, `model` the folder begun from. With `lora` adapters of that rank learn on the last `layers`
     blocks; with `layers` alone these blocks learn whole; with neither only a head learns, at the depth that does best.
-    `context` bounds the tokens of a prompt with its longest answer."""
+    `context` bounds the tokens of a prompt with its longest answer. `device`: None is a GPU where there is one."""
 
     data: str
     model: str
@@ -49,6 +50,7 @@ class Config:
     folds: int = 5
     context: int = 512
     upper: UpperConfig | None = None
+    device: str | None = None
     stages: tuple[str, ...] = ("reward",)  # what a run of this kind has, for the report
 
     def __post_init__(self) -> None:
@@ -74,7 +76,8 @@ class _Voting:
         self.folder = Path(config.model)
         self.tokenizer = Tokenizer.load(self.folder)
         self.chat = ChatFormat(self.tokenizer)
-        self.model: GPT = load_model(self.folder)
+        device = begin_on(stage, config.device, begun=bool(stage.decided("inputs")))
+        self.model: GPT = load_model(self.folder).to(device)
         self.model.requires_grad_(False)
         self.cut = _cut(config, self.model.config.num_hidden_layers)
 
