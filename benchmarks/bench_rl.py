@@ -2,6 +2,7 @@
 
     python benchmarks/bench_rl.py [--pairs 5] [--updates 4] [--prompts 16 --samples 4 --tokens 64]
                                   [--ends 0.03 --part 1024] [--dtype float32,bfloat16] [--plain] [--torch-engine]
+                                  [--device cuda]
 
 One Qwen3 shape of about ten million parameters with random weights, one tokenizer, the same prompts, samples, most
 tokens and number of updates, a reward that costs nothing (the share of digits in the answer), a reference model, one
@@ -13,7 +14,8 @@ told apart; of the peer, what its trainer spends on drawing and scoring together
 hardly ever ends a turn, so that nearly all answers have the most tokens there may be; with `--ends` it is made to end
 its turn after about that share of tokens, as answers of a trained model are of many lengths, and learns next to
 nothing, or it would unlearn that. The mean is told for both.
-`--part` lets ours update in parts of like length (`rl.ppo.part_tokens`).
+`--part` lets ours update in parts of like length (`rl.ppo.part_tokens`). `--device` puts both sides on a GPU, where
+ours draws in bfloat16 if it trains in it.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from stateofgpt.assistant.session import Session, Turn
 from stateofgpt.data.skills import Problem, final_text
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import load_model, save_checkpoint
+from stateofgpt.model.device import CPU, wait
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.rl.group import GroupConfig, GroupOptimization
 from stateofgpt.rl.optimization import UpdateConfig
@@ -109,23 +112,26 @@ class Ours:
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.options = options
         self.chat = ChatFormat(Tokenizer.load(folder))
-        policy = load_model(folder)
+        self.device = options.device
+        policy = load_model(folder).to(self.device)
         adam = LoopConfig(optim=OptimConfig(lr=options.lr, beta2=0.999, weight_decay=0.0, use_muon=False))
         self.learner = GroupOptimization(
             "grpo",
             policy,
-            load_model(folder),
+            load_model(folder).to(self.device),
             VerifiedScorer(self._score, end_id=self.chat.end),
             UpdateConfig(epochs=1, minibatches=1, policy=adam, part_tokens=options.part),
             GroupConfig(kl_loss=KL),
             group=options.samples,
             max_tokens=options.tokens,
             pad_id=self.chat.tokenizer.pad,
-            way=Way(options.ours, fused=not options.plain),
+            way=Way(options.ours, fused=not options.plain and self.device == CPU, device=self.device),
             logprobs="engine" if options.ours == "float32" else "training",
         )
         self.learner.scores = self._scores  # type: ignore[method-assign]
-        engine = Engine(policy, max_batch=options.prompts * options.samples, native=not options.torch_engine)
+        precision: dict[str, Any] = {"dtype": torch.float32} if options.ours == "float32" else {}  # else the usual one
+        batch, native = options.prompts * options.samples, not options.torch_engine
+        engine = Engine(policy, max_batch=batch, native=native, **precision)
         self.session = Session(engine, self.chat)
 
     def _score(self, problem: Problem, messages: Conversation) -> float:
@@ -153,6 +159,7 @@ class Ours:
             experience, watched = self.learner.experience(turns)
             marks.append(time.perf_counter())
             self.learner.update(experience, torch.Generator().manual_seed(i), 1.0, watched["kl"])
+            wait(self.device)
             marks.append(time.perf_counter())
             if i:
                 for name, start, end in zip(spent, marks, marks[1:], strict=False):
@@ -203,7 +210,7 @@ def theirs(folder: Path, options: argparse.Namespace, updates: int) -> Sides:
             lr_scheduler_type="constant",
             optim="adamw_torch_fused",
             bf16=options.theirs == "bfloat16",
-            use_cpu=True,
+            use_cpu=options.device == CPU,
             gradient_checkpointing=False,
             shuffle_dataset=False,
             save_strategy="no",
@@ -243,16 +250,16 @@ def gate(folder: Path, options: argparse.Namespace) -> None:
 
     ours = Ours(folder, argparse.Namespace(**{**vars(options), "ours": "float32"}))
     turns = ours.draw(0)[:8]
-    rollouts = rollouts_of(turns, ours.chat.tokenizer.pad)
+    rollouts = rollouts_of(turns, ours.chat.tokenizer.pad).to(ours.learner.device)
     mine, _ = policy_logprobs(ours.learner.policy, rollouts, ours.learner.way)
-    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(ours.device)
     logits = peer(input_ids=rollouts.inputs).logits.log_softmax(-1)
     found = logits.gather(-1, rollouts.targets[..., None])[..., 0]
     apart = float(((mine - found) * rollouts.mask).abs().max())
     drawn = max(
         abs(a - b)
         for row, t in enumerate(turns)
-        for a, b in zip(mine[row][rollouts.mask[row] > 0].tolist(), t.logprobs, strict=True)
+        for a, b in zip(mine[row].cpu()[rollouts.sampled[row]].tolist(), t.logprobs, strict=True)
     )
     print(f"gate: log-probabilities {apart:.1e} from transformers', {drawn:.1e} from the engine's", flush=True)
     if max(apart, drawn) > 1e-4:
@@ -285,6 +292,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16, or ours and the peer's")
     parser.add_argument("--plain", action="store_true", help="without the fused kernels")
     parser.add_argument("--torch-engine", action="store_true", help="ours draws by torch's operations")
+    parser.add_argument("--device", default=CPU, help="where both sides are (default cpu)")
     options = parser.parse_args()
     options.lr = NO_LR if options.ends else LR
     options.ours, options.theirs = (options.dtype.split(",") * 2)[:2]
