@@ -141,12 +141,12 @@ def picture(rows: list[dict[str, Any]]) -> str:
     )
     placed = [
         Markup('<g transform="translate({} {})">{}</g>').format(
-            420 * (i % 2), 240 * (i // 2), chart.replace("<svg ", Markup('<svg width="400" height="225" '), 1)
+            10 + 420 * (i % 2), 10 + 240 * (i // 2), chart.replace("<svg ", Markup('<svg width="400" height="225" '), 1)
         )
         for i, chart in enumerate(charts)
         if chart
     ]
-    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 480"><style>{}</style>').format(style)
+    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 850 500"><style>{}</style>').format(style)
     return str(head + Markup("").join(placed) + Markup("</svg>"))
 
 
