@@ -23,7 +23,8 @@ from stateofgpt.model.gpt import GPT
 from stateofgpt.model.lora import merged_state
 from stateofgpt.recipes import votes as recipe
 from stateofgpt.run import Run, read_json
-from stateofgpt.stages import prompted, proxies, rl, vote_features, way
+from stateofgpt.stages import place as where
+from stateofgpt.stages import prompted, proxies, rl, vote_features
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.loop import Trainer
@@ -61,7 +62,7 @@ def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
 
     def chosen(config: prompted.Config, stage: Any) -> Way:
-        return Way("float32", device=way.begin_on(stage, config.device, begun=False))
+        return Way("float32", device=where.begin_on(stage, config.device, begun=False))
 
     monkeypatch.setattr(prompted, "_way", chosen)
     monkeypatch.setattr(prompted, "Engine", Drawing)

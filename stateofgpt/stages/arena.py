@@ -25,8 +25,9 @@ from stateofgpt.model.gpt import GPT
 from stateofgpt.rl.labeller import SimulatedLabeller
 from stateofgpt.run import Run
 from stateofgpt.stages.evaluate import complete_plainly
+from stateofgpt.stages.place import device_of
 from stateofgpt.stages.transcript import written
-from stateofgpt.stages.way import device_of, is_native
+from stateofgpt.stages.way import is_native
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
 

@@ -35,10 +35,11 @@ from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import load_model
 from stateofgpt.model.gpt import GPT
 from stateofgpt.run import Run, Stage
+from stateofgpt.stages.place import device_of
 from stateofgpt.stages.transcript import written
 from stateofgpt.stages.varied import varied
 from stateofgpt.stages.watch import STOPPED
-from stateofgpt.stages.way import device_of, is_native
+from stateofgpt.stages.way import is_native
 from stateofgpt.text.chat import ChatFormat, Conversation, Message
 from stateofgpt.text.tokenizer import Tokenizer
 

@@ -31,9 +31,9 @@ from stateofgpt.run import Run, Stage, sha256_file
 from stateofgpt.stages import rl
 from stateofgpt.stages.algorithms import OFFLINE
 from stateofgpt.stages.judge import Judged
+from stateofgpt.stages.place import begin_on
 from stateofgpt.stages.transcript import written
 from stateofgpt.stages.watch import FIRST, Watch
-from stateofgpt.stages.way import begin_on
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.dial import can_fuse

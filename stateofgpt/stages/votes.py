@@ -24,9 +24,9 @@ from stateofgpt.model.gpt import GPT
 from stateofgpt.model.heads import RewardModel
 from stateofgpt.rl.linear import Choice, Floats, Ints, Judged, choose, fit_heads, folds_of, redrawn
 from stateofgpt.run import Run, Stage, sha256_file
+from stateofgpt.stages.place import begin_on
 from stateofgpt.stages.upper_training import UpperConfig, train_upper
 from stateofgpt.stages.vote_features import FEATURES, Material, material
-from stateofgpt.stages.way import begin_on
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.text.tokenizer import Tokenizer
 

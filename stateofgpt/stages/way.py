@@ -7,10 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from stateofgpt.config import from_dict
-from stateofgpt.errors import ConfigError
 from stateofgpt.infer.forward import load
-from stateofgpt.model.device import CPU, choose_device
-from stateofgpt.run import Run, Stage
+from stateofgpt.model.device import CPU
+from stateofgpt.run import Run
 from stateofgpt.stages.decision import planned_device
 from stateofgpt.train.loss import Way
 
@@ -45,20 +44,3 @@ def as_config(way: Way) -> dict[str, Any]:
 def decide_engine(run: Run) -> None:
     """Let this run draw its tokens on the native path, where the machine can; once, in its pretraining."""
     run.stage("pretrain").decide("engine", lambda: {"native": load() is not None})
-
-
-def device_of(run: Run) -> str:
-    """The device of a run's models: the CPU where pretraining decided nothing else. ConfigError where this machine does
-    not have it."""
-    kept = run.config.get("way")
-    return choose_device((run.stage("pretrain").decided("plan") if kept is None else kept).get("device", CPU))
-
-
-def begin_on(stage: Stage, asked: str | None, begun: bool) -> str:
-    """The device of a command that begins without a run's plan, decided once and kept in the stage: what is asked for,
-    else a GPU where there is one. One that was `begun` before there was a choice stays on the CPU. ConfigError where
-    another one is asked for now, or the machine does not have it."""
-    made: str = stage.decide("device", lambda: {"device": CPU if begun else choose_device(asked)})["device"]
-    if asked is not None and choose_device(asked) != made:
-        raise ConfigError(f"{stage.dir.parent} began on {made}, and --device asks for {asked}; choose another --out")
-    return choose_device(made)
