@@ -256,6 +256,21 @@ def _recipe_options(parser: Parser) -> None:
     parser.epilog = "Every setting can be set: --pretrain.lr 0.02. The same command continues unfinished work."
 
 
+def _rl_options(parser: Parser) -> None:
+    """`sog rl` alone is a run's stage; with a file of prompts, a policy from a model and a reward model."""
+    parser.set_defaults(act=act.rl)
+    parser.usage = (
+        "sog rl --out RUN [...]                          the run's own stage\n"
+        "       sog rl PROMPTS --from MODEL --reward MODEL [--judge MODEL] [--minutes M] [--out RUN] [--rl.batch N ...]"
+    )
+    text = "a file of people's prompts, or of votes: .jsonl or .json, also .gz"
+    parser.add_argument("data", nargs="?", metavar="PROMPTS", type=Path, help=text)
+    parser.option("--reward", metavar="MODEL", help="with PROMPTS: the reward model to climb")
+    parser.option("--judge", metavar="MODEL", help="with PROMPTS: another reward model, which is only asked")
+    parser.option("--context", type=to_count, help="with PROMPTS: tokens of a prompt and its answer (default 512)")
+    parser.option("--device", help="with PROMPTS: cpu or cuda (default: cuda where there is one)")
+
+
 def _reward_options(parser: Parser) -> None:
     """`sog reward` alone is a run's stage; with a file, a reward model from people's votes, or the health of one."""
     parser.set_defaults(act=act.reward)
@@ -279,21 +294,6 @@ def _reward_options(parser: Parser) -> None:
 def _device_option(parser: Parser) -> None:
     text = "cpu, cuda, or one of several as cuda:1 (default: a GPU where there is one)"
     parser.option("--device", metavar="NAME", help=text)
-
-
-def _rl_options(parser: Parser) -> None:
-    """`sog rl` alone is a run's stage; with a file of prompts, a policy from a model and a reward model."""
-    parser.set_defaults(act=act.rl)
-    parser.usage = (
-        "sog rl --out RUN [...]                          the run's own stage\n"
-        "       sog rl PROMPTS --from MODEL --reward MODEL [--judge MODEL] [--minutes M] [--out RUN] [--rl.batch N ...]"
-    )
-    text = "a file of people's prompts, or of votes: .jsonl or .json, also .gz"
-    parser.add_argument("data", nargs="?", metavar="PROMPTS", type=Path, help=text)
-    parser.option("--reward", metavar="MODEL", help="with PROMPTS: the reward model to climb")
-    parser.option("--judge", metavar="MODEL", help="with PROMPTS: another reward model, which is only asked")
-    parser.option("--context", type=to_count, help="with PROMPTS: tokens of a prompt and its answer (default 512)")
-    parser.option("--device", help="with PROMPTS: cpu or cuda (default: cuda where there is one)")
 
 
 def _model_argument(parser: Parser, *, optional: bool = False) -> None:
