@@ -113,7 +113,9 @@ def ppo(seconds: float, options: argparse.Namespace, rewards: Path, judge: Path 
         minutes=seconds / 60, overrides={"rl.batch": str(options.batch), "rl.max_tokens": str(options.tokens)},
     )  # fmt: skip
     guards = GuardConfig(every=2 if options.tiny else 8, prompts=4 if options.tiny else 64, stop=False)
-    config = replace(config, rl=replace(config.rl, guards=guards, held_out_prompts=4 if options.tiny else 64))
+    held_out = 4 if options.tiny else 64
+    few_saves = replace(config.rl, guards=guards, held_out_prompts=held_out, save_every_s=1e6)
+    config = replace(config, rl=few_saves)
     with Run.open(options.work / "ppo", prompts.RECIPE, to_dict(config), 0) as run:
         result = prompted.run(config, run)
         lines = (run.stage("rl").dir / "metrics.jsonl").read_text().splitlines()
