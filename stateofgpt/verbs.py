@@ -15,6 +15,11 @@ from stateofgpt.config import apply_overrides, from_dict, suggestion
 from stateofgpt.errors import ConfigError, DataError
 from stateofgpt.run import Run, feedback_of, newest_model, resolve_model, resolve_run
 
+BEGUN_BY = {  # runs of a single stage, by their recipe: what of, and the command
+    "votes": ("votes", "sog reward DATA --from MODEL"),
+    "prompts": ("prompts", "sog rl PROMPTS --from MODEL --reward MODEL"),
+}
+
 
 def raise_assistant(options: argparse.Namespace) -> None:
     """Every stage of a recipe, then the report."""
@@ -32,10 +37,9 @@ def run_stage(options: argparse.Namespace) -> None:
     out = options.out or Path("runs") / (options.recipe or "laptop")
     here = Run.read(out) if (out / "run.json").is_file() else None
     name = options.recipe or (here.recipe if here else "laptop")
-    if here and here.recipe == "votes":
-        raise ConfigError(
-            f"{out} was made from a file of votes; `sog reward DATA --from MODEL --out {out}` continues it"
-        )
+    if here and here.recipe in BEGUN_BY:
+        what, command = BEGUN_BY[here.recipe]
+        raise ConfigError(f"{out} was made from a file of {what}; `{command} --out {out}` continues it")
     if options.seed is None and here:
         options.seed = here.seed
     recipe = _load(options, name)

@@ -101,6 +101,8 @@ def test_a_file_of_prompts_and_two_models_are_enough_and_a_kill_changes_nothing(
     assert climb(place, tmp_path / "killed", "--judge", place / "judge", "--rl.save_every_s", 0) == 0
     assert all(map(torch.equal, policy(tmp_path / "whole"), policy(tmp_path / "killed")))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    assert main(["rl", "--out", str(tmp_path / "whole")]) == 2
+    assert "made from a file of prompts; `sog rl PROMPTS" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
