@@ -21,8 +21,10 @@ bound is loading, and the fits of the heads (on the CPU).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -172,7 +174,8 @@ def grpo(seconds: float, options: argparse.Namespace) -> None:
             mine = bench_rl.Ours(folder, asked).run(updates)
             told = {"ours": completions / mine["seconds"], "split": mine["split"], "length": mine["length"]}
             if peer:
-                theirs = bench_rl.theirs(folder, asked, updates)
+                with contextlib.redirect_stdout(sys.stderr):  # it tells its own numbers in its own way
+                    theirs = bench_rl.theirs(folder, asked, updates)
                 told |= {"trl": completions / theirs["seconds"], "ratio": theirs["seconds"] / mine["seconds"]}
             tell("grpo", **told, completions=completions)
             spent = time.perf_counter() - began

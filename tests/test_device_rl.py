@@ -19,6 +19,7 @@ from stateofgpt.rl.ppo import PPO
 from stateofgpt.rl.preference import Answer, OfflineConfig, Pair, PreferenceOptimization
 from stateofgpt.rl.reward_training import RankedBatch, RankingLoss, pad, score_ids
 from stateofgpt.rl.scoring import LearnedScorer
+from stateofgpt.stages.evaluate import mean_token_entropy
 from stateofgpt.train.loop import LoopConfig, Trainer
 from stateofgpt.train.loss import Batch, Way
 from stateofgpt.train.optim import OptimConfig
@@ -169,3 +170,11 @@ def test_a_reward_model_on_another_device_learns_and_scores_as_on_the_cpu(twin: 
     (told, accuracy, scores), there = ends
     assert told == pytest.approx(there[0], rel=0.02) and accuracy == there[1]
     assert scores == pytest.approx(there[2], rel=0.02, abs=1e-3)
+
+
+def test_the_entropy_of_answers_is_measured_where_the_model_is(twin: str) -> None:
+    rows = [([0, 1, 7 + i, 9, 11, 20 + i], 3) for i in range(4)]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        here, there = (mean_token_entropy(model().to(device), rows) for device in ("cpu", twin))
+    assert here == pytest.approx(there, rel=1e-5) and here > 0.0
+    assert mean_token_entropy(model(), []) == 0.0
