@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="everything small, for a test")
     options = parser.parse_args(arguments)
     options.device = choose_device(options.device)
-    options.batch, options.tokens, options.context = (4, 8, 64) if options.tiny else (64, 96, 512)
+    options.batch, options.tokens, options.context = (4, 8, 64) if options.tiny else (64, 200, 512)
     with tempfile.TemporaryDirectory() as work:
         options.work = Path(work)
         options.out = options.out or options.work

@@ -18,7 +18,7 @@ def test_in_small_it_tells_every_part_and_draws_its_curves(
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     import bench_gpu_rl
 
-    bench_gpu_rl.main(["--tiny", "--seconds", "8", "--device", "cpu", "--out", str(tmp_path)])
+    bench_gpu_rl.main(["--tiny", "--seconds", "4", "--device", "cpu", "--out", str(tmp_path)])
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert not [row for row in told if "error" in row]
     assert list(dict.fromkeys(row["part"] for row in told)) == ["machine", "reward", "judge", "ppo", "grpo"]

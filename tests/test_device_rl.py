@@ -26,8 +26,8 @@ from stateofgpt.train.optim import OptimConfig
 
 __all__ = ["twin"]
 
-ONLINE = ("ppo", "grpo", "dr_grpo", "rloo", "reinforce", "best_of_n", "rejection")
-OFFLINE = ("dpo", "ipo", "kto")
+ONLINE = ("ppo", "grpo", "reinforce", "best_of_n")  # the others differ in formulas alone
+OFFLINE = ("dpo", "kto")
 PAIRS = [
     Pair((0, 1, 7 + i), Answer((9 + i, 11, 2), (1, 1, 1)), Answer((12, 13 + i, 9, 9, 2), (1, 0, 1, 1, 1)))
     for i in range(6)
@@ -143,15 +143,14 @@ def test_resumed_on_another_device_it_goes_on_to_the_same_bits(twin: str) -> Non
             made.update(experience, torch.Generator().manual_seed(i), 1.0, watched["kl"])
 
     whole = optimization(algorithm, twin, None)
-    for i in range(3):
+    for i in range(2):
         iterate(whole, i)
     first = optimization(algorithm, twin, None)
     iterate(first, 0)
     kept = {name: t.detach().cpu().clone() for name, t in first.tensors().items()}, first.numbers()
     again = optimization(algorithm, twin, None)
     again.load(*kept)
-    for i in (1, 2):
-        iterate(again, i)
+    iterate(again, 1)
     assert torch.equal(weights(*learners(whole)), weights(*learners(again)))
 
 
