@@ -9,13 +9,14 @@ from __future__ import annotations
 from stateofgpt.errors import ConfigError
 from stateofgpt.model.device import CPU, choose_device
 from stateofgpt.run import Run, Stage
+from stateofgpt.stages.decision import planned_device
 
 
 def device_of(run: Run) -> str:
-    """The device of a run's models: the CPU where pretraining decided nothing else. ConfigError where this machine does
+    """The device of a run's models: the CPU where pretraining decided nothing else. RunError where this machine does
     not have it."""
     kept = run.config.get("way")
-    return choose_device((run.stage("pretrain").decided("plan") if kept is None else kept).get("device", CPU))
+    return planned_device(run.stage("pretrain").decided("plan") if kept is None else kept)
 
 
 def begin_on(stage: Stage, asked: str | None, begun: bool) -> str:
