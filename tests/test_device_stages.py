@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from twin_device import twin
 from stateofgpt.data.vote_file import read_comparisons
 from stateofgpt.infer.engine import Engine
 from stateofgpt.model.checkpoint import load_reward
-from stateofgpt.model.gpt import GPT
-from stateofgpt.model.lora import merged_state
 from stateofgpt.recipes import votes as recipe
 from stateofgpt.run import Run, read_json
 from stateofgpt.stages import place as where
@@ -39,23 +38,6 @@ class Killed(Exception):
     """Stands in for `kill -9`."""
 
 
-class Drawing(Engine):
-    """Draws on the CPU with a copy of a model that may be elsewhere: the engine on a device is tested on its own."""
-
-    def __init__(self, model: GPT, **kwargs: Any) -> None:
-        self.elsewhere, here = model, GPT(model.config)
-        here.load_state_dict(_weights(model))
-        super().__init__(here, **{**kwargs, "native": False})
-
-    def refresh(self) -> None:
-        self.model.load_state_dict(_weights(self.elsewhere))
-        super().refresh()
-
-
-def _weights(model: GPT) -> dict[str, torch.Tensor]:
-    return {name: t.detach().cpu() for name, t in merged_state(model).items()}
-
-
 @pytest.fixture(autouse=True)
 def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, float32 on every device, and attention as a device without kernels of its own has it."""
@@ -65,8 +47,8 @@ def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return Way("float32", device=where.begin_on(stage, config.device, begun=False))
 
     monkeypatch.setattr(prompted, "_way", chosen)
-    monkeypatch.setattr(prompted, "Engine", Drawing)
-    monkeypatch.setattr(rl, "Engine", Drawing)
+    for module in (prompted, rl):
+        monkeypatch.setattr(module, "Engine", partial(Engine, dtype=torch.float32))
     monkeypatch.setattr("stateofgpt.rl.scoring.ended", lambda turn, end_id: True)  # equal scores teach nothing
     monkeypatch.setattr(vote_features, "_fastest", lambda *_: "float32")
     with sdpa_kernel(SDPBackend.MATH):
