@@ -46,6 +46,7 @@ class Shape:
 
 
 SHAPES = {
+    "least": Shape(64, 2, 2048, 256, 8),
     "small": Shape(128, 4, 512, 64, 12),
     "medium": Shape(256, 6, 4096, 256, 8),
     "wide": Shape(384, 6, 8192, 256, 8),
