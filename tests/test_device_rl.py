@@ -134,6 +134,7 @@ class _Asked(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_resumed_on_another_device_it_goes_on_to_the_same_bits(twin: str) -> None:
     algorithm = "ppo"
 

@@ -57,6 +57,7 @@ def test_rows_leave_a_run_enough_steps() -> None:
     assert made is not None and made.rows == 8
 
 
+@pytest.mark.slow
 def test_it_takes_the_size_of_least_predicted_loss_with_the_rows_that_fill(monkeypatch: pytest.MonkeyPatch) -> None:
     def parameters(config: GPTConfig) -> int:
         with torch.device("meta"):

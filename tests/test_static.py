@@ -168,6 +168,7 @@ def ran(engine: Engine, load: list[tuple[list[int], SamplingParams, int, str]]) 
     return list(found.values()), engine._schedule.preempted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("arch,kv_heads", [("qwen3", 2), ("gpt2", 4)])
 def test_an_engine_on_another_device_draws_what_it_draws_on_the_cpu(

@@ -175,6 +175,7 @@ def test_what_is_not_set_leaves_plan_and_configuration_as_they_were(tmp_path: Pa
         pass  # a run of an earlier version goes on
 
 
+@pytest.mark.slow
 def test_with_seconds_the_rows_of_a_step_are_those_that_fill_the_device(
     tokenized: Path, tmp_path: Path, twin: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +265,7 @@ def test_adamw_over_all_tensors_at_once_is_adamw_over_each(twin: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["note", "skip", "lower", "roll_back"])
 def test_batches_that_are_made_ahead_are_those_that_are_asked_for(
     policy: Any, twin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
