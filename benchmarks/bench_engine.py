@@ -13,15 +13,16 @@ what a CPU user gets).
 there at once; useful tokens per second until the last is done. The peers are `generate` in padded batches (sorted by
 length, each batch as long as its longest answer) and transformers' own continuous batching. --sides says who runs: the
 torch path and continuous batching take minutes. The side `http` is the same load sent by as many clients as there are
-rows to `sog serve`, each asking again when it was answered (`http-cache`: with its cache in bfloat16), beside `served`:
-the engine with the server's settings, fed in the same way without a server. They tell the milliseconds to the first
-token, and what the server adds per token.
+rows to `sog serve`, each asking again when it was answered (`http-cache`: with its cache in bfloat16, `http-int8`: its
+weights in int8 as well), beside `served`: the engine with the server's settings, fed in the same way without a server.
+They tell the milliseconds to the first token, and what the server adds per token.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import json
 import random
 import tempfile
@@ -46,6 +47,7 @@ from stateofgpt.serve.loader import STEP_TOKENS
 Side = Callable[[], dict[str, Any]]
 PREFIX = 128
 LOAD_SIDES = ("ours", "bfloat16", "static", "cache", "int8", "torch", "continuous", "served", "http", "http-cache")
+FASTEST = ("http-int8", "static-bfloat16")  # each side's fastest precision
 
 
 def models(options: argparse.Namespace) -> tuple[GPT, LlamaForCausalLM]:
@@ -307,6 +309,11 @@ def static_load(peer: LlamaForCausalLM, asked: list[tuple[list[int], int]], rows
     return run
 
 
+def narrow(peer: LlamaForCausalLM, sides: Sequence[str]) -> LlamaForCausalLM:
+    """The peer in bfloat16, where that is asked for."""
+    return copy.deepcopy(peer).bfloat16() if "static-bfloat16" in sides else peer
+
+
 def continuous_load(peer: LlamaForCausalLM, asked: list[tuple[list[int], int]], rows: int) -> Side:
     """transformers' own continuous batching; each request has its own length."""
     from transformers import ContinuousBatchingConfig
@@ -347,20 +354,22 @@ def load(options: argparse.Namespace) -> dict[str, Any]:
         "cache": ours_load(model, asked, options.rows, cache="bfloat16", **settings),
         "torch": ours_load(model, asked, options.rows),
         "static": static_load(peer, asked, options.rows),
+        "static-bfloat16": static_load(narrow(peer, options.sides), asked, options.rows),
         "continuous": continuous_load(peer, asked, options.rows),
     }
-    firsts: dict[str, list[Any]] = {"served": [], "http": [], "http-cache": []}
+    firsts: dict[str, list[Any]] = {name: [] for name in ("served", "http", "http-cache", "http-int8")}
     sides["served"] = served_load(model, asked, options.rows, firsts["served"])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
-        for name, extra in (("http", ()), ("http-cache", ("--cache", "bfloat16"))):
+        cache = ("--cache", "bfloat16")
+        for name, extra in (("http", ()), ("http-cache", cache), ("http-int8", (*cache, "--weights", "int8"))):
             if name in options.sides:
                 if not folder.exists():
                     http_load.write_folder(folder, model)
                 port = stack.enter_context(http_load.server(folder, options.rows, *extra))
                 sides[name] = http_side(port, asked, options.rows, firsts[name])
         sides = {name: sides[name] for name in options.sides}
-        found = compared(sides, options.pairs, ["static", "continuous", "served"])
+        found = compared(sides, options.pairs, ["static", "static-bfloat16", "continuous", "served"])
     rates = found["tokens_per_second"]
     if "http" in rates and "served" in rates:
         found["server_us_per_token"] = round(1e6 / rates["http"] - 1e6 / rates["served"], 1)
@@ -376,7 +385,9 @@ def measured(sides: dict[str, Side], rounds: int, key: str) -> dict[str, list[fl
                 found[name].append(float(side()[key]))
                 print(f"{name}: {found[name][-1]:.1f} tokens/s", flush=True)
             except Exception as error:  # a peer that cannot do it here must not hide the others
-                if name not in ("static", "continuous") and not name.startswith(("transformers", "llama.cpp")):
+                if name not in ("static", "static-bfloat16", "continuous") and not name.startswith(
+                    ("transformers", "llama.cpp")
+                ):
                     raise
                 print(f"{name} failed: {error!r}"[:300], flush=True)
         print(f"round {number + 1} of {rounds} is done", flush=True)
@@ -416,7 +427,7 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="transformers in bfloat16, too")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--rows", type=int, default=32, help="requests at once")
-    parser.add_argument("--sides", nargs="+", choices=LOAD_SIDES, default=LOAD_SIDES[:3], help="of a load")
+    parser.add_argument("--sides", nargs="+", choices=(*LOAD_SIDES, *FASTEST), default=LOAD_SIDES[:3], help="of a load")
     options = parser.parse_args()
     result = {"single": single, "load": load, "quality": quality}[options.what](options)
     print(json.dumps({"what": options.what, **result, **pairs.machine()}))
