@@ -4,7 +4,8 @@
 
 OUT is a folder for the texts, the tokenizer and the models (all of them the laptop recipe's); what is there already is
 not made again. Each size trains as `sog pretrain` would, for `--seconds` from its own measured steps. Printed are the
-held-out losses in nats per token, by mixture weight, and how far the dial's choice is from the best.
+held-out losses in nats per token, by mixture weight, with the seconds that it took in the end (on a machine whose speed
+drifts they differ), and how far the dial's choice is from the best.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main() -> None:
         sizes = [*SMALLER, *SHAPES]
         at = sizes.index(chosen)
         for width, layers in sizes[max(0, at - options.around) : at + options.around + 1]:
-            losses, tokens = [], 0
+            losses, tokens, taken = [], 0, []
             for seed in range(options.seeds):
                 config = replace(asked, width=width, layers=layers, dtype=plan["dtype"], fused=plan["fused"])
                 stage = run.inside(f"pretrain/{width}x{layers}-{options.seconds:g}-{seed}")
@@ -58,9 +59,11 @@ def main() -> None:
                     result = stage.result() or pretrain.train(config, run, stage)
                 losses.append(result["val_bpb"] * per_token)
                 tokens = result["tokens"]
+                taken.append(stage.seconds())
             mark = " (the dial's choice)" if (width, layers) == chosen else ""
-            print(f"{width}x{layers}: {fmean(losses):.3f} nats after {tokens / 1e6:.2f}M tokens{mark}", flush=True)
-            rows.append({"width": width, "layers": layers, "losses": losses, "tokens": tokens})
+            told = f"{fmean(losses):.3f} nats after {tokens / 1e6:.2f}M tokens and {fmean(taken):.0f} s{mark}"
+            print(f"{width}x{layers}: {told}", flush=True)
+            rows.append({"width": width, "layers": layers, "losses": losses, "tokens": tokens, "seconds": taken})
     best = min(fmean(row["losses"]) for row in rows)
     own = next(fmean(row["losses"]) for row in rows if (row["width"], row["layers"]) == chosen)
     print(f"the dial's choice is {own - best:.3f} nats from the best size at {options.seconds:g} s")

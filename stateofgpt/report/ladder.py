@@ -76,7 +76,7 @@ def _curves(run: Run, rungs: Sequence[dict[str, Any]], sizes: Sequence[str], tol
         points = [(line["tokens"], line["loss"]) for line in lines if line.get("loss") is not None]
         series.append(Series(_word(rungs, size), points, _colour(sizes, size), noisy=True))
     chart = line_chart(series, title="Training loss, nats per token, of each size’s longest run", x_name="tokens")
-    finding = "Every size learns fast and then slower and slower; a larger one ends lower, and a step of it costs more."
+    finding = "Every size learns fast, then slower and slower. A larger one makes more of the same tokens, at a price."
     return Section("curves", "The curves", finding, pages.grid([pages.figure(chart)]), "base")
 
 
@@ -100,7 +100,7 @@ def _law(rungs: Sequence[dict[str, Any]], sizes: Sequence[str], law: ChinchillaL
         by_size.append(Series("", dots, colour, dots=True))
     charts = [
         line_chart(by_tokens, title="Held-out loss by tokens, a line a size", x_name="tokens", log_x=True),
-        line_chart(by_size, title="Held-out loss by size, a line a rung", x_name="parameters", log_x=True),
+        line_chart(by_size, title="Held-out loss by size, a line a length", x_name="parameters", log_x=True),
     ]
     finding = (
         f"The loss of N parameters after D tokens is near {law.irreducible:.3g} + {law.a_scale:.3g} / N^{law.a:.2f} + "
