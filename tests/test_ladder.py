@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from command import sog, start, without_clocks
 
 from stateofgpt.cli import main
@@ -142,8 +143,9 @@ make(tiny(Path(sys.argv[1])), Path(sys.argv[2]))
 def test_a_killed_ladder_goes_on_and_ends_in_the_same_numbers(climbed: Path, text: Path, tmp_path: Path) -> None:
     root = tmp_path / "ladder"
     here = str(Path(__file__).parent)
+    threads = str(torch.get_num_threads())  # those of `climbed`: the same bits
     for rung in ("64x1-8", "128x2-4"):
-        process = start(text, root, here, code=CODE)
+        process = start(text, root, here, code=CODE, OMP_NUM_THREADS=threads)
         deadline = time.monotonic() + 300
         while not (root / "rungs" / rung / "metrics.jsonl").exists():
             assert process.poll() is None and time.monotonic() < deadline
@@ -151,7 +153,7 @@ def test_a_killed_ladder_goes_on_and_ends_in_the_same_numbers(climbed: Path, tex
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (root / LADDER).exists()
-    done = sog(text, root, here, code=CODE)
+    done = sog(text, root, here, code=CODE, OMP_NUM_THREADS=threads)
     assert done.returncode == 0, done.stderr
     assert (root / LADDER).read_bytes() == (climbed / LADDER).read_bytes()
     for path in sorted(climbed.glob("rungs/*/result.json")):
