@@ -45,6 +45,20 @@ def make_model(arch: str = "qwen3", kv_heads: int = 2, seed: int = 0) -> GPT:
     return model.eval()
 
 
+def going_round() -> GPT:
+    """A model whose most likely next token is always the one after, from 11 back to 6."""
+    model = make_model()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "proj" in name:
+                p.zero_()
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight.roll(1, 0))
+        model.lm_head.weight[12] = 0.0
+        model.lm_head.weight[6] = model.model.embed_tokens.weight[11]
+        model.model.norm.weight.fill_(1.0)
+    return model
+
+
 def prompts_of(*lengths: int, seed: int = 1) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(VOCAB) for _ in range(n)] for n in lengths]

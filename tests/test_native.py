@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import VOCAB, assert_same, make_model, naive_greedy, prompts_of
+from test_engine import VOCAB, assert_same, going_round, make_model, naive_greedy, prompts_of
 
 from stateofgpt.errors import ConfigError, ModelError
 from stateofgpt.infer import forward
@@ -261,16 +261,7 @@ def test_guesses_are_kept_where_they_are_right_and_change_nothing() -> None:
 
 
 def test_a_text_that_repeats_itself_takes_fewer_steps_with_guesses() -> None:
-    """A model whose next token is always the one after: any text it writes goes round."""
-    model = make_model()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "proj" in name:
-                p.zero_()
-        model.lm_head.weight.copy_(model.model.embed_tokens.weight.roll(1, 0))
-        model.lm_head.weight[12] = 0.0
-        model.lm_head.weight[6] = model.model.embed_tokens.weight[11]
-        model.model.norm.weight.fill_(1.0)
+    model = going_round()
     params = SamplingParams(max_tokens=40, temperature=0.0)
     prompt = [5, 6, 7, 8, 9, 10, 11, 6, 7]
     engine = Engine(model, native=True, speculate=4)

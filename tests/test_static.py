@@ -12,7 +12,7 @@ import torch
 import twin_device
 from recorded import Recorder
 from test_adjust import Countdown
-from test_engine import VOCAB, assert_same, make_model, naive_greedy, prompts_of
+from test_engine import VOCAB, assert_same, going_round, make_model, naive_greedy, prompts_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from twin_device import twin
@@ -194,20 +194,6 @@ def test_an_engine_on_another_device_draws_what_it_draws_on_the_cpu(
         for one, other in zip(here, there, strict=True):
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
     assert preempted["cpu"] or settings["cache_bytes"] > 4 * size
-
-
-def going_round() -> GPT:
-    """A model whose most likely next token is always the one after, from 11 back to 6."""
-    model = make_model()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "proj" in name:
-                p.zero_()
-        model.lm_head.weight.copy_(model.model.embed_tokens.weight.roll(1, 0))
-        model.lm_head.weight[12] = 0.0
-        model.lm_head.weight[6] = model.model.embed_tokens.weight[11]
-        model.model.norm.weight.fill_(1.0)
-    return model
 
 
 @pytest.mark.parametrize("way", ["as it is", "recorded"])
