@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stateofgpt.model.gpt import GPT, MLP, Attention, Block, GPTConfig, Trunk
 from stateofgpt.model.lora import adapters, effective_weight
+from stateofgpt.train import tiled
 from stateofgpt.train.kernels import Kernels
 
 BLOCK = 128  # queries that attend together: what lies past them is never computed
@@ -68,9 +69,11 @@ def fused_loss(
     `firsts` [B, T] int32 is where each position's document begins: nothing before it is attended to.
     """
     x, spec = _blocks(kernels, model, ids, dtype, firsts)
-    out: Tensor = _Head.apply(
-        x, model.model.norm.weight, model.lm_head.weight.to(dtype), targets.reshape(-1), weights.reshape(-1), spec
-    )
+    norm, head, asked = model.model.norm.weight, model.lm_head.weight, (targets.reshape(-1), weights.reshape(-1))
+    if tiled.fits_head(kernels, model.config, dtype):
+        out: Tensor = tiled.TiledHead.apply(x, norm, head, *asked, spec)
+    else:
+        out = _Head.apply(x, norm, head.to(dtype), *asked, spec)
     return out
 
 
@@ -93,15 +96,21 @@ def _blocks(
     spec = _Spec(kernels, sizes, tables, firsts, c.rms_norm_eps)
     x = trunk.embed_tokens(ids).view(B * T, c.hidden_size).to(dtype)
     layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
-    for layer, parts in zip(layers, _prepared(layers, dtype), strict=True):
+    weights, in_tiles = _weights(layers), tiled.fits(kernels, c, dtype)
+    rounded = _by_layer(([w.detach() for w in weights] if in_tiles else weights), dtype, len(layers))
+    exact = _by_layer(weights, torch.float32, len(layers))
+    for layer, own, parts in zip(layers, exact, rounded, strict=True):
         gains = _gains(layer.self_attn, c)
         norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-        x = _Block.apply(x, *parts, *norms, gains, spec)
+        if in_tiles:
+            x = tiled.TiledBlock.apply(x, *own, *norms, gains, parts, spec)
+        else:
+            x = _Block.apply(x, *parts, *norms, gains, spec)
     return x, spec
 
 
-def _prepared(layers: list[Block], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-    """Of each layer: query-key-value, output, gate-and-up and down weights in the working precision, adapters in."""
+def _weights(layers: list[Block]) -> list[Tensor]:
+    """Query-key-value, output, gate-and-up and down weights, each of all layers one below the other, adapters in."""
     attention, mlp = [x.self_attn for x in layers], [x.mlp for x in layers if isinstance(x.mlp, MLP)]
     kinds = (
         [linear for x in attention for linear in (x.q_proj, x.k_proj, x.v_proj)],
@@ -109,8 +118,12 @@ def _prepared(layers: list[Block], dtype: torch.dtype) -> list[tuple[Tensor, ...
         [linear for x in mlp for linear in (x.gate_proj, x.up_proj)],
         [x.down_proj for x in mlp],
     )
-    weights = ([effective_weight(linear) for linear in kind] for kind in kinds)
-    return list(zip(*(torch.cat(kind).to(dtype).chunk(len(layers)) for kind in weights), strict=True))
+    return [torch.cat([effective_weight(linear) for linear in kind]) for kind in kinds]
+
+
+def _by_layer(weights: list[Tensor], dtype: torch.dtype, n: int) -> list[tuple[Tensor, ...]]:
+    """What `_weights` gave, in one precision, for each of `n` layers."""
+    return list(zip(*(kind.to(dtype).chunk(n) for kind in weights), strict=True))
 
 
 def _gains(attention: Attention, config: GPTConfig) -> Tensor | None:

@@ -59,11 +59,63 @@ static inline int64_t share(int64_t n, int64_t *first, int64_t *last) {
     return me;
 }
 
+#ifdef __AVX512F__ /* products of our own, and chains of passes over few tokens at a time */
+#include <immintrin.h>
+#define TOKENS 64
+
+typedef uint32_t __attribute__((may_alias)) word;
+typedef float __attribute__((vector_size(64), aligned(4), may_alias)) lanes;
+#define AS_LANES(p) (*(const lanes *)(p))
+#define SPLAT(w) ((lanes)_mm512_set1_epi32((int)(w)))
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t upto32(int64_t n) { return (n + 31) / 32 * 32; }
+static void *room_for(int64_t bytes) { return aligned_alloc(64, (size_t)(bytes + 64) / 64 * 64); }
+
+/* How many probabilities a head of T tokens keeps. */
+static int64_t probabilities(int64_t T) {
+    int64_t sum = 0;
+    for (int64_t from = 0; from < T; from += TOKENS) {
+        const int64_t rows = least(TOKENS, T - from);
+        sum += rows * upto32(from + rows);
+    }
+    return sum;
+}
+
+static float *zeros_for(int64_t threads, int64_t size) {
+    float *made = room_for(sizeof(float) * threads * size);
+    memset(made, 0, sizeof(float) * threads * size);
+    return made;
+}
+
+/* sums [size] += those of the other threads, in order; called by all of them. */
+static void add_up(float *sums, const float *others, int64_t size) {
+#pragma omp barrier
+    int64_t first, last;
+    share(size, &first, &last);
+    for (int64_t t = 0; t + 1 < omp_get_num_threads(); t++)
+        for (int64_t i = first; i < last; i++) sums[i] += others[t * size + i];
+}
+#endif
+
 #define REAL float
 #define NAME(f) f##_float32
 #define LOAD(v) (v)
 #define STORE(v) (v)
 #include "kernels.h"
+#ifdef __AVX512F__
+#define PAIR 1
+#define MADD(sum, x, y) ((sum) + (x) * (y))
+#define GET(p) (*(const lanes *)(p))
+#define PUT(p, low, high) (*(lanes *)(p) = (low), *(lanes *)((p) + 16) = (high))
+#include "products.h"
+#include "tiles.h"
+int tiles_float32(void) { return 1; }
+#undef PAIR
+#undef MADD
+#undef GET
+#undef PUT
+#endif
 #undef REAL
 #undef NAME
 #undef LOAD
@@ -74,6 +126,15 @@ static inline int64_t share(int64_t n, int64_t *first, int64_t *last) {
 #define LOAD(v) from_bfloat16(v)
 #define STORE(v) to_bfloat16(v)
 #include "kernels.h"
+#if defined __AVX512BF16__ && defined __AVX512F__ && !defined __AMX_BF16__ /* with AMX torch's products are faster */
+#define PAIR 2
+#define MADD(sum, x, y) ((lanes)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)(x), (__m512bh)(y)))
+#define GET(p) ((lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define PUT(p, low, high) _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)(high), (__m512)(low)))
+#include "products.h"
+#include "tiles.h"
+int tiles_bfloat16(void) { return 1; }
+#endif
 
 /* One AdamW step (arXiv 1711.05101) over n numbers, with cautious weight decay (arXiv 2411.16085): it acts only where
    update and weight agree in sign. first, second: the moments; correction1, correction2: 1 - beta^t. */

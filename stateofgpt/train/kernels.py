@@ -8,6 +8,8 @@ measured: without these passes a step of a small model spends more time between 
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from stateofgpt import native
 
+SOURCES = ("kernels.c", "kernels.h", "products.h", "tiles.h")
 FLAGS = (
     "-O3",
     "-march=native",
@@ -27,6 +30,7 @@ FLAGS = (
     "-fno-signed-zeros",
     "-fassociative-math",
 )
+TOKENS = 64  # that go through the passes of `tiles.h` together
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -129,6 +133,112 @@ class Kernels:
         self._call(name, logits, targets, weights, losses, *logits.shape, int(with_gradient))
         return losses
 
+    def has_tiles(self, dtype: torch.dtype) -> bool:
+        """Whether this processor can do what `tiles.h` has, in this precision."""
+        return dtype in SUFFIX and hasattr(self._library, f"tiles_{SUFFIX[dtype]}")
+
+    def enter_block(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        qkv_w: Tensor,
+        gains: Tensor | None,
+        tables: tuple[Tensor, Tensor],
+        sizes: tuple[int, ...],
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        """q, k, v of `x` [B T, C] as `rope` gives them, and what the way back needs: qkv, 1 / rms of rows and heads."""
+        B, T, H, K, D = sizes
+        q, k, v = x.new_empty(B, H, T, D), x.new_empty(B, K, T, D), x.new_empty(B, K, T, D)
+        qkv, rstd, rstd_qk = x.new_empty(B * T, len(qkv_w)), torch.empty(B * T), torch.empty(B * T, H + K)
+        kept = (rstd, qkv, q, k, v, rstd_qk)
+        name = f"enter_block_{SUFFIX[x.dtype]}"
+        self._call(name, x, norm, qkv_w, gains, *tables, *kept, B, T, x.shape[1], H, K, D, float(eps))
+        return q, k, v, qkv, rstd, rstd_qk
+
+    def enter_block_backward(
+        self,
+        grads: tuple[Tensor, Tensor, Tensor],
+        residual: Tensor,
+        x: Tensor,
+        norm: Tensor,
+        qkv_w: Tensor,
+        gains: Tensor | None,
+        tables: tuple[Tensor, Tensor],
+        kept: tuple[Tensor, Tensor, Tensor],
+        sizes: tuple[int, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Gradient of `x` with `residual` added; those of qkv_w, norm and gains [H + K, D], in float32. `kept` is 1 / rms
+        of rows, qkv, 1 / rms of heads."""
+        B, T, H, K, D = sizes
+        C, dx = x.shape[1], torch.empty_like(x)
+        sums = torch.zeros(qkv_w.numel() + C + (H + K) * D)
+        name = f"enter_block_backward_{SUFFIX[x.dtype]}"
+        self._call(
+            name, *grads, residual, x, norm, qkv_w, gains, *tables, *kept, dx, sums, B, T, C, H, K, D
+        )  # fmt: skip
+        return dx, _apart(sums, qkv_w.shape, norm.shape, (H + K, D))
+
+    def leave_block(
+        self, y: Tensor, x: Tensor, norm: Tensor, weights: Sequence[Tensor], eps: float
+    ) -> tuple[Tensor, ...]:
+        """The block's output of its attention `y` [N, A] and its input `x` [N, C]; and what the way back needs: what lies
+        between attention and feed-forward, its 1 / rms, gate and up. `weights` are those of output, gate-and-up, down.
+        """
+        (n, c), inner = x.shape, weights[2].shape[1]
+        middle, out, rstd, gate_up = torch.empty_like(x), torch.empty_like(x), torch.empty(n), x.new_empty(n, 2 * inner)
+        name = f"leave_block_{SUFFIX[x.dtype]}"
+        self._call(name, y, x, norm, *weights, middle, rstd, gate_up, out, n, c, y.shape[1], inner, float(eps))
+        return out, middle, rstd, gate_up
+
+    def leave_block_backward(
+        self, dout: Tensor, norm: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Gradients of what lies between, of `y`, and of the weights and `norm`, in float32. `kept` is y and what
+        `leave_block` gave after its output."""
+        y, middle, rstd, gate_up = kept
+        (n, c), inner = middle.shape, weights[2].shape[1]
+        dmiddle, dy = torch.empty_like(middle), torch.empty_like(y)
+        sums = torch.zeros(sum(w.numel() for w in weights) + c)
+        name = f"leave_block_backward_{SUFFIX[y.dtype]}"
+        made = (dmiddle, dy, sums)
+        self._call(name, dout, y, norm, *weights, middle, rstd, gate_up, *made, n, c, y.shape[1], inner)
+        return dmiddle, dy, _apart(sums, *(w.shape for w in weights), norm.shape)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, firsts: Tensor | None, sizes: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention [B T, H D] of q [B, H, T, D] over k and v [B, K, T, D], and its probabilities."""
+        B, T, H, K, D = sizes
+        ends = [min(start + TOKENS, T) for start in range(0, T, TOKENS)]
+        size = sum((end - start) * -(-end // 32) * 32 for start, end in zip(range(0, T, TOKENS), ends, strict=True))
+        probs, y = q.new_empty(B * H, size), q.new_empty(B * T, H * D)
+        self._call(f"attend_{SUFFIX[q.dtype]}", q, k, v, firsts, probs, y, *sizes, D**-0.5)
+        return y, probs
+
+    def attend_backward(
+        self, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, probs: Tensor, sizes: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        self._call(f"attend_backward_{SUFFIX[q.dtype]}", dy, q, k, v, probs, *grads, *sizes, sizes[4] ** -0.5)
+        return grads
+
+    def head(
+        self, x: Tensor, norm: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, eps: float, wanted: bool
+    ) -> tuple[Tensor, ...]:
+        """Weighted losses [N] of `x` [N, C] after `norm` through the head [V, C]; and where they are `wanted` the
+        gradients of x, and of head and norm in float32."""
+        (n, c), vocab = x.shape, weight.shape[0]
+        losses, dx, sums = torch.empty(n), None, None
+        if wanted:
+            dx, sums = torch.empty_like(x), torch.zeros(-(-vocab // 32) * 32 * c + c)
+        name = f"head_{SUFFIX[x.dtype]}"
+        self._call(name, x, norm, weight, targets, weights, losses, dx, sums, n, c, vocab, float(eps))
+        if dx is None or sums is None:
+            return (losses,)
+        return losses, dx, sums[: vocab * c].view(vocab, c), sums[-c:]
+
     def adamw(self, p: Tensor, grad: Tensor, first: Tensor, second: Tensor, rates: tuple[float, ...]) -> None:
         """One step on `p`, float32, in place; `rates` are lr, beta1, beta2, eps, weight decay, 1 - beta1^t,
         1 - beta2^t, and the factor of the gradient."""
@@ -145,6 +255,12 @@ class Kernels:
         self._call("muon_apply", weights, update.contiguous(), weights.numel(), float(lr), float(decay))
 
 
+def _apart(sums: Tensor, *shapes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Parts of `sums`, one after the other, in their shapes."""
+    parts = sums.split([math.prod(shape) for shape in shapes])
+    return tuple(part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True))
+
+
 # -------------------------------------------------------------------------------------------------- loading, checking
 
 
@@ -152,7 +268,7 @@ class Kernels:
 def load() -> Kernels | None:
     """The kernels, compiled for this machine the first time; None where there is no compiler, or where what it made
     does not load or does not agree with torch."""
-    library = native.load([Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h")], FLAGS)
+    library = native.load([Path(__file__).with_name(name) for name in SOURCES], FLAGS)
     if library is None:
         return None
     kernels = Kernels(library)

@@ -1,0 +1,296 @@
+/* A decoder's block, its attention and its head of one precision, 64 tokens at a time: what a product makes is still in
+   the core's cache when the next pass reads it, and what is cheap is computed again on the way back instead of kept.
+   Passes are those of `kernels.h`, products those of `products.h`, and with the same number of threads the bits are the
+   same. Widths (C hidden, A = H D of all heads, I feed-forward, D of a head) are multiples of 32.
+
+   Gradients of weights are summed in float, by each thread for its own tokens, the first in the result itself. */
+
+/* This thread's share of a matrix of weights [k, n] as words down its columns (all of them after a barrier). */
+static const word *NAME(down_shared)(const REAL *w, int64_t k, int64_t n, word *room, int64_t *to) {
+    int64_t first, last;
+    share(k / 2, &first, &last);
+    const word *own = NAME(down)(w + 2 * first * n, n, 2 * (last - first), n, room + first * n, to);
+    return PAIR == 1 ? (const word *)w : own - first * n;
+}
+
+/* This thread's share of the panels of w^T, w [n, k]. */
+static void NAME(panels_shared)(const REAL *w, int64_t n, int64_t k, word *out) {
+    int64_t first, last;
+    share((n + 31) / 32, &first, &last);
+    NAME(panels)(w, k, n, k, out, first, last);
+}
+
+/* Into a block: x [B T, C] normalised, times qkv_w^T, to q, k and v as in rope_forward. Kept: qkv, both rstd. */
+void NAME(enter_block)(const REAL *x, const float *norm, const REAL *qkv_w, const float *gains, const float *cosines,
+                       const float *sines, float *rstd, REAL *qkv, REAL *q, REAL *k, REAL *v, float *rstd_qk, int64_t B,
+                       int64_t T, int64_t C, int64_t H, int64_t K, int64_t D, float eps, int threads) {
+    const int64_t W = (H + 2 * K) * D;
+    word *weights = room_for(sizeof(REAL) * W * C);
+#pragma omp parallel num_threads(threads)
+    {
+        REAL *h = room_for(sizeof(REAL) * TOKENS * C);
+        NAME(panels_shared)(qkv_w, W, C, weights);
+        int64_t first, last;
+        share((B * T + TOKENS - 1) / TOKENS, &first, &last);
+#pragma omp barrier
+        for (int64_t from = first * TOKENS; from < last * TOKENS && from < B * T; from += TOKENS) {
+            const int64_t rows = least(TOKENS, B * T - from);
+            for (int64_t n = from; n < from + rows; n++)
+                rstd[n] = NAME(norm_row)(x + n * C, norm, h + (n - from) * C, C, eps);
+            NAME(multiply)(h, C, rows, weights, 32, C / PAIR * 32, W, C / PAIR, NULL, qkv + from * W, W);
+            for (int64_t n = from; n < from + rows; n++) {
+                const int64_t b = n / T, t = n % T, own = (b * K * T + t) * D;
+                NAME(rope_row)(qkv + n * W, gains, cosines + t * (D / 2), sines + t * (D / 2),
+                               q + (b * H * T + t) * D, k + own, v + own, T * D, rstd_qk + n * (H + K), H, K, D, eps);
+            }
+        }
+        free(h);
+    }
+    free(weights);
+}
+
+/* The way back, from dq, dk, dv and what reaches x past the block (`residual`) to dx; grads: of qkv_w [W, C], of norm [C]
+   and of the gains [H + K, D], one after the other, zeros when called. */
+void NAME(enter_block_backward)(const REAL *dq, const REAL *dk, const REAL *dv, const REAL *residual, const REAL *x,
+                                const float *norm, const REAL *qkv_w, const float *gains, const float *cosines,
+                                const float *sines, const float *rstd, const REAL *qkv, const float *rstd_qk, REAL *dx,
+                                float *grads, int64_t B, int64_t T, int64_t C, int64_t H, int64_t K, int64_t D,
+                                int threads) {
+    const int64_t W = (H + 2 * K) * D, size = W * C + C + (H + K) * D;
+    word *weights = room_for(sizeof(REAL) * W * C);
+    float *others = zeros_for(threads - 1, size);
+#pragma omp parallel num_threads(threads)
+    {
+        REAL *h = room_for(sizeof(REAL) * TOKENS * (W + 2 * C)), *dh = h + TOKENS * C, *dqkv = dh + TOKENS * C;
+        word *left = room_for(sizeof(word) * TOKENS / 2 * (W + C)), *right = left + TOKENS / 2 * W;
+        int64_t first, last, to, tl, tr;
+        const int64_t me = share((B * T + TOKENS - 1) / TOKENS, &first, &last);
+        float *own = me ? others + (me - 1) * size : grads;
+        const word *qkv_words = NAME(down_shared)(qkv_w, W, C, weights, &to);
+#pragma omp barrier
+        for (int64_t from = first * TOKENS; from < last * TOKENS && from < B * T; from += TOKENS) {
+            const int64_t rows = least(TOKENS, B * T - from);
+            for (int64_t n = from; n < from + rows; n++) {
+                const int64_t b = n / T, t = n % T, at = (b * K * T + t) * D;
+                NAME(rope_row_backward)(dq + (b * H * T + t) * D, dk + at, dv + at, T * D, qkv + n * W, gains,
+                                        cosines + t * (D / 2), sines + t * (D / 2), rstd_qk + n * (H + K),
+                                        dqkv + (n - from) * W, own + W * C + C, H, K, D);
+                NAME(scaled_row)(x + n * C, norm, rstd[n], h + (n - from) * C, C);
+            }
+            const word *a = NAME(down)(dqkv, W, rows, W, left, &tl), *b = NAME(down)(h, C, rows, C, right, &tr);
+            NAME(accumulate)(a, tl, W, b, tr, C, (rows + PAIR - 1) / PAIR, own);
+            NAME(multiply)(dqkv, W, rows, qkv_words, to, 32, C, W / PAIR, NULL, dh, C);
+            for (int64_t n = from; n < from + rows; n++)
+                NAME(norm_row_backward)(dh + (n - from) * C, x + n * C, norm, rstd[n], residual + n * C, dx + n * C,
+                                        own + W * C, C);
+        }
+        add_up(grads, others, size);
+        free(left);
+        free(h);
+    }
+    free(others);
+    free(weights);
+}
+
+/* Out of a block: y [N, A] times o_w^T plus x is `middle` [N, C]; that normalised, times gate_up_w^T, is `gate_up`
+   [N, 2 I]; SwiGLU of it, times down_w^T, plus `middle` is out [N, C]. Kept: middle, rstd [N], gate_up. */
+void NAME(leave_block)(const REAL *y, const REAL *x, const float *norm, const REAL *o_w, const REAL *gate_up_w,
+                       const REAL *down_w, REAL *middle, float *rstd, REAL *gate_up, REAL *out, int64_t N, int64_t C,
+                       int64_t A, int64_t I, float eps, int threads) {
+    word *o = room_for(sizeof(REAL) * C * (A + 3 * I)), *gu = o + C * A / PAIR, *down = gu + 2 * I * C / PAIR;
+#pragma omp parallel num_threads(threads)
+    {
+        REAL *h = room_for(sizeof(REAL) * TOKENS * (C + I)), *hidden = h + TOKENS * C;
+        NAME(panels_shared)(o_w, C, A, o);
+        NAME(panels_shared)(gate_up_w, 2 * I, C, gu);
+        NAME(panels_shared)(down_w, C, I, down);
+        int64_t first, last;
+        share((N + TOKENS - 1) / TOKENS, &first, &last);
+#pragma omp barrier
+        for (int64_t from = first * TOKENS; from < last * TOKENS && from < N; from += TOKENS) {
+            const int64_t rows = least(TOKENS, N - from);
+            REAL *mid = middle + from * C, *both = gate_up + from * 2 * I;
+            NAME(multiply)(y + from * A, A, rows, o, 32, A / PAIR * 32, C, A / PAIR, x + from * C, mid, C);
+            for (int64_t i = 0; i < rows; i++) rstd[from + i] = NAME(norm_row)(mid + i * C, norm, h + i * C, C, eps);
+            NAME(multiply)(h, C, rows, gu, 32, C / PAIR * 32, 2 * I, C / PAIR, NULL, both, 2 * I);
+            for (int64_t i = 0; i < rows; i++) NAME(swiglu_row)(both + 2 * i * I, hidden + i * I, I);
+            NAME(multiply)(hidden, I, rows, down, 32, I / PAIR * 32, C, I / PAIR, mid, out + from * C, C);
+        }
+        free(h);
+    }
+    free(o);
+}
+
+/* The way back: from dout [N, C] to dmiddle [N, C], which reaches x past the attention too, and dy [N, A]; grads: of o_w
+   [C, A], gate_up_w [2 I, C], down_w [C, I] and norm [C], one after the other, zeros when called. */
+void NAME(leave_block_backward)(const REAL *dout, const REAL *y, const float *norm, const REAL *o_w,
+                                const REAL *gate_up_w, const REAL *down_w, const REAL *middle, const float *rstd,
+                                const REAL *gate_up, REAL *dmiddle, REAL *dy, float *grads, int64_t N, int64_t C,
+                                int64_t A, int64_t I, int threads) {
+    const int64_t of_gate_up = C * A, of_down = of_gate_up + 2 * I * C, of_norm = of_down + C * I, size = of_norm + C;
+    word *rooms = room_for(sizeof(REAL) * C * (A + 3 * I));
+    float *others = zeros_for(threads - 1, size);
+#pragma omp parallel num_threads(threads)
+    {
+        REAL *h = room_for(sizeof(REAL) * TOKENS * (2 * C + 4 * I)), *dh = h + TOKENS * C, *hidden = dh + TOKENS * C;
+        REAL *dhidden = hidden + TOKENS * I, *both = dhidden + TOKENS * I;
+        const int64_t widest = 2 * I + C + A;
+        word *left = room_for(sizeof(word) * TOKENS * widest), *right = left + TOKENS / 2 * widest;
+        int64_t first, last, to, tg, td, tl, tr;
+        const int64_t me = share((N + TOKENS - 1) / TOKENS, &first, &last);
+        float *own = me ? others + (me - 1) * size : grads;
+        const word *o = NAME(down_shared)(o_w, C, A, rooms, &to);
+        const word *gu = NAME(down_shared)(gate_up_w, 2 * I, C, rooms + C * A / PAIR, &tg);
+        const word *down = NAME(down_shared)(down_w, C, I, rooms + (C * A + 2 * I * C) / PAIR, &td);
+#pragma omp barrier
+        for (int64_t from = first * TOKENS; from < last * TOKENS && from < N; from += TOKENS) {
+            const int64_t rows = least(TOKENS, N - from), words = (rows + PAIR - 1) / PAIR;
+            const REAL *mid = middle + from * C, *d = dout + from * C;
+            REAL *dmid = dmiddle + from * C;
+            NAME(multiply)(d, C, rows, down, td, 32, I, C / PAIR, NULL, dhidden, I);
+            for (int64_t i = 0; i < rows; i++) {
+                NAME(swiglu_row_backward)(dhidden + i * I, gate_up + (from + i) * 2 * I, both + 2 * i * I, hidden + i * I, I);
+                NAME(scaled_row)(mid + i * C, norm, rstd[from + i], h + i * C, C);
+            }
+            const word *a = NAME(down)(d, C, rows, C, left, &tl), *b = NAME(down)(hidden, I, rows, I, right, &tr);
+            NAME(accumulate)(a, tl, C, b, tr, I, words, own + of_down);
+            a = NAME(down)(both, 2 * I, rows, 2 * I, left, &tl), b = NAME(down)(h, C, rows, C, right, &tr);
+            NAME(accumulate)(a, tl, 2 * I, b, tr, C, words, own + of_gate_up);
+            NAME(multiply)(both, 2 * I, rows, gu, tg, 32, C, 2 * I / PAIR, NULL, dh, C);
+            for (int64_t i = 0; i < rows; i++)
+                NAME(norm_row_backward)(dh + i * C, mid + i * C, norm, rstd[from + i], d + i * C, dmid + i * C,
+                                        own + of_norm, C);
+            a = NAME(down)(dmid, C, rows, C, left, &tl), b = NAME(down)(y + from * A, A, rows, A, right, &tr);
+            NAME(accumulate)(a, tl, C, b, tr, A, words, own);
+            NAME(multiply)(dmid, C, rows, o, to, 32, A, C / PAIR, NULL, dy + from * A, A);
+        }
+        add_up(grads, others, size);
+        free(left);
+        free(h);
+    }
+    free(others);
+    free(rooms);
+}
+
+/* Causal attention: y [B T, H D] and, for each head, the probabilities of 64 queries after the other, each such block as
+   wide as the keys it sees, rounded up to 32. `firsts` [B, T]: where each position's document begins, or null. */
+void NAME(attend)(const REAL *q, const REAL *k, const REAL *v, const int32_t *firsts, REAL *probs, REAL *y, int64_t B,
+                  int64_t T, int64_t H, int64_t K, int64_t D, float scale, int threads) {
+    const int64_t widest = upto32(T), per_head = probabilities(T);
+#pragma omp parallel num_threads(threads)
+    {
+        word *keys = room_for(sizeof(word) * 2 * widest * D), *room = keys + widest * D;
+        float *e = room_for(sizeof(float) * widest);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < B * K; i++) {
+            int64_t to;
+            NAME(panels)(k + i * T * D, D, T, D, keys, 0, widest / 32);
+            const word *values = NAME(down)(v + i * T * D, D, T, D, room, &to);
+            for (int64_t h = i * (H / K); h < (i + 1) * (H / K); h++) {
+                REAL *p = probs + h * per_head;
+                for (int64_t from = 0; from < T; from += TOKENS) {
+                    const int64_t rows = least(TOKENS, T - from), width = upto32(from + rows), b = h / H;
+                    NAME(multiply)(q + (h * T + from) * D, D, rows, keys, 32, D / PAIR * 32, width, D / PAIR, NULL, p, width);
+                    for (int64_t t = from; t < from + rows; t++)
+                        NAME(softmax_row)(p + (t - from) * width, e, firsts ? firsts[b * T + t] : 0, t, width, scale);
+                    NAME(multiply)(p, width, rows, values, to, 32, D, (least(width, T) + PAIR - 1) / PAIR, NULL,
+                                   y + ((b * T + from) * H + h % H) * D, H * D);
+                    p += rows * width;
+                }
+            }
+        }
+        free(e);
+        free(keys);
+    }
+}
+
+/* Gradients of q, k and v from dy [B T, H D]. */
+void NAME(attend_backward)(const REAL *dy, const REAL *q, const REAL *k, const REAL *v, const REAL *probs, REAL *dq,
+                           REAL *dk, REAL *dv, int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, float scale,
+                           int threads) {
+    const int64_t widest = upto32(T), per_head = probabilities(T);
+#pragma omp parallel num_threads(threads)
+    {
+        word *values = room_for(sizeof(word) * (2 * widest * D + TOKENS * (widest + D)));
+        word *room = values + widest * D, *left = room + widest * D, *right = left + TOKENS * widest;
+        REAL *ds = room_for(sizeof(REAL) * TOKENS * widest);
+        float *dkeys = room_for(sizeof(float) * 2 * widest * D), *dvalues = dkeys + widest * D;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < B * K; i++) {
+            int64_t to, tl, tr;
+            NAME(panels)(v + i * T * D, D, T, D, values, 0, widest / 32);
+            const word *keys = NAME(down)(k + i * T * D, D, T, D, room, &to);
+            memset(dkeys, 0, sizeof(float) * 2 * widest * D);
+            for (int64_t h = i * (H / K); h < (i + 1) * (H / K); h++) {
+                const REAL *p = probs + h * per_head;
+                for (int64_t from = 0; from < T; from += TOKENS) {
+                    const int64_t rows = least(TOKENS, T - from), width = upto32(from + rows), b = h / H;
+                    const int64_t words = (rows + PAIR - 1) / PAIR;
+                    const REAL *d = dy + ((b * T + from) * H + h % H) * D, *own = q + (h * T + from) * D;
+                    NAME(multiply)(d, H * D, rows, values, 32, D / PAIR * 32, width, D / PAIR, NULL, ds, width);
+                    for (int64_t t = from; t < from + rows; t++)
+                        NAME(softmax_row_backward)(p + (t - from) * width, ds + (t - from) * width, t, width, scale);
+                    NAME(multiply)(ds, width, rows, keys, to, 32, D, (least(width, T) + PAIR - 1) / PAIR, NULL,
+                                   dq + (h * T + from) * D, D);
+                    const word *a = NAME(down)(ds, width, rows, width, left, &tl);
+                    const word *w = NAME(down)(own, D, rows, D, right, &tr);
+                    NAME(accumulate)(a, tl, width, w, tr, D, words, dkeys);
+                    a = NAME(down)(p, width, rows, width, left, &tl), w = NAME(down)(d, H * D, rows, D, right, &tr);
+                    NAME(accumulate)(a, tl, width, w, tr, D, words, dvalues);
+                    p += rows * width;
+                }
+            }
+            for (int64_t j = 0; j < T * D; j++) dk[i * T * D + j] = STORE(dkeys[j]);
+            for (int64_t j = 0; j < T * D; j++) dv[i * T * D + j] = STORE(dvalues[j]);
+        }
+        free(dkeys);
+        free(ds);
+        free(values);
+    }
+}
+
+/* The final norm, the head and its loss: losses [N] of x [N, C] through w [V, C], as in cross_entropy; and where dx is
+   not null, dx [N, C] and grads: of w [V rounded up to 32, C] and of norm [C], zeros when called. */
+void NAME(head)(const REAL *x, const float *norm, const REAL *w, const int64_t *targets, const float *weights,
+                float *losses, REAL *dx, float *grads, int64_t N, int64_t C, int64_t V, float eps, int threads) {
+    const int64_t width = upto32(V), step = width + 32, size = width * C + C; /* rows apart by no power of two */
+    word *across = room_for(sizeof(REAL) * width * C * 2), *room = across + width * C / PAIR;
+    float *others = zeros_for(dx ? threads - 1 : 0, size);
+#pragma omp parallel num_threads(threads)
+    {
+        REAL *h = room_for(sizeof(REAL) * (TOKENS * (2 * C + step) + C)), *dh = h + TOKENS * C, *nothing = dh + TOKENS * C;
+        REAL *logits = nothing + C;
+        float *e = room_for(sizeof(float) * (width + TOKENS)), *r = e + width;
+        word *left = room_for(sizeof(word) * TOKENS / 2 * (width + C)), *right = left + TOKENS / 2 * width;
+        int64_t first, last, to = C, tl, tr;
+        const int64_t me = share((N + TOKENS - 1) / TOKENS, &first, &last);
+        float *own = me ? others + (me - 1) * size : grads;
+        const word *words = (const word *)w;
+        memset(nothing, 0, sizeof(REAL) * C);
+        NAME(panels_shared)(w, V, C, across);
+#pragma omp single
+        if (PAIR == 2) NAME(down)(w, C, V, C, room, &to);
+        if (PAIR == 2) words = room;
+        for (int64_t from = first * TOKENS; from < last * TOKENS && from < N; from += TOKENS) {
+            const int64_t rows = least(TOKENS, N - from);
+            for (int64_t i = 0; i < rows; i++)
+                r[i] = NAME(norm_row)(x + (from + i) * C, norm, h + i * C, C, eps);
+            NAME(multiply)(h, C, rows, across, 32, C / PAIR * 32, width, C / PAIR, NULL, logits, step);
+            for (int64_t i = 0; i < rows; i++)
+                losses[from + i] = NAME(cross_entropy_row)(logits + i * step, targets[from + i], weights[from + i], e, V, dx != NULL);
+            if (!dx) continue;
+            const word *a = NAME(down)(logits, step, rows, width, left, &tl), *b = NAME(down)(h, C, rows, C, right, &tr);
+            NAME(accumulate)(a, tl, width, b, tr, C, (rows + PAIR - 1) / PAIR, own);
+            NAME(multiply)(logits, step, rows, words, C, 32, C, (V + PAIR - 1) / PAIR, NULL, dh, C);
+            for (int64_t i = 0; i < rows; i++)
+                NAME(norm_row_backward)(dh + i * C, x + (from + i) * C, norm, r[i], nothing, dx + (from + i) * C,
+                                        own + width * C, C);
+        }
+        if (dx) add_up(grads, others, size);
+        free(left);
+        free(e);
+        free(h);
+    }
+    free(others);
+    free(across);
+}
