@@ -96,34 +96,33 @@ def _blocks(
     spec = _Spec(kernels, sizes, tables, firsts, c.rms_norm_eps)
     x = trunk.embed_tokens(ids).view(B * T, c.hidden_size).to(dtype)
     layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
-    weights, in_tiles = _weights(layers), tiled.fits(kernels, c, dtype)
-    rounded = _by_layer(([w.detach() for w in weights] if in_tiles else weights), dtype, len(layers))
-    exact = _by_layer(weights, torch.float32, len(layers))
-    for layer, own, parts in zip(layers, exact, rounded, strict=True):
-        gains = _gains(layer.self_attn, c)
-        norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-        if in_tiles:
-            x = tiled.TiledBlock.apply(x, *own, *norms, gains, parts, spec)
-        else:
-            x = _Block.apply(x, *parts, *norms, gains, spec)
+    if tiled.fits(kernels, c, dtype):
+        for layer in layers:
+            x = tiled.TiledBlock.apply(x, *_norms(layer), _gains(layer.self_attn, c), spec, *_weights(layer))
+        return x, spec
+    for layer, parts in zip(layers, _prepared(layers, dtype), strict=True):
+        x = _Block.apply(x, *parts, *_norms(layer), _gains(layer.self_attn, c), spec)
     return x, spec
 
 
-def _weights(layers: list[Block]) -> list[Tensor]:
-    """Query-key-value, output, gate-and-up and down weights, each of all layers one below the other, adapters in."""
-    attention, mlp = [x.self_attn for x in layers], [x.mlp for x in layers if isinstance(x.mlp, MLP)]
-    kinds = (
-        [linear for x in attention for linear in (x.q_proj, x.k_proj, x.v_proj)],
-        [x.o_proj for x in attention],
-        [linear for x in mlp for linear in (x.gate_proj, x.up_proj)],
-        [x.down_proj for x in mlp],
-    )
-    return [torch.cat([effective_weight(linear) for linear in kind]) for kind in kinds]
+def _norms(layer: Block) -> tuple[Tensor, Tensor]:
+    """The gains of a layer's two norms."""
+    return layer.input_layernorm.weight, layer.post_attention_layernorm.weight
 
 
-def _by_layer(weights: list[Tensor], dtype: torch.dtype, n: int) -> list[tuple[Tensor, ...]]:
-    """What `_weights` gave, in one precision, for each of `n` layers."""
-    return list(zip(*(kind.to(dtype).chunk(n) for kind in weights), strict=True))
+def _weights(layer: Block) -> tuple[Tensor, ...]:
+    """Query, key, value, output, gate, up and down weights of a layer, adapters in."""
+    a, m = layer.self_attn, layer.mlp
+    assert isinstance(m, MLP)  # `fits` has looked
+    return tuple(map(effective_weight, (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)))
+
+
+def _prepared(layers: list[Block], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+    """Of each layer: query-key-value, output, gate-and-up and down weights in the working precision, adapters in."""
+    of_layers = [_weights(layer) for layer in layers]
+    kinds = ((0, 1, 2), (3,), (4, 5), (6,))
+    weights = ([ws[i] for ws in of_layers for i in kind] for kind in kinds)
+    return list(zip(*(torch.cat(kind).to(dtype).chunk(len(layers)) for kind in weights), strict=True))
 
 
 def _gains(attention: Attention, config: GPTConfig) -> Tensor | None:

@@ -82,12 +82,6 @@ static int64_t probabilities(int64_t T) {
     return sum;
 }
 
-static float *zeros_for(int64_t threads, int64_t size) {
-    float *made = room_for(sizeof(float) * threads * size);
-    memset(made, 0, sizeof(float) * threads * size);
-    return made;
-}
-
 /* sums [size] += those of the other threads, in order; called by all of them. */
 static void add_up(float *sums, const float *others, int64_t size) {
 #pragma omp barrier
@@ -136,19 +130,46 @@ int tiles_float32(void) { return 1; }
 int tiles_bfloat16(void) { return 1; }
 #endif
 
-/* One AdamW step (arXiv 1711.05101) over n numbers, with cautious weight decay (arXiv 2411.16085): it acts only where
-   update and weight agree in sign. first, second: the moments; correction1, correction2: 1 - beta^t. */
-void adamw(float *p, const float *g, float *first, float *second, int64_t n, float lr, float beta1, float beta2,
-           float eps, float decay, float correction1, float correction2, float clip, int threads) {
+/* One AdamW step (arXiv 1711.05101) over `count` tensors of n[] numbers, with cautious weight decay (arXiv 2411.16085): it
+   acts only where update and weight agree in sign. first, second: the moments; correction1, correction2: 1 - beta^t. */
+void adamw(float **ps, const float **gs, float **firsts, float **seconds, const int64_t *n, const float *decays,
+           int64_t count, float lr, float beta1, float beta2, float eps, float correction1, float correction2, float clip,
+           int threads) {
     const float rate1 = 1.0f / correction1, rate2 = 1.0f / correction2;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < n; i++) {
-        const float d = g[i] * clip;
-        const float m = first[i] = first[i] + (d - first[i]) * (1.0f - beta1);
-        const float v = second[i] = second[i] * beta2 + d * d * (1.0f - beta2);
-        const float update = m * rate1 / (sqrtf(v * rate2) + eps);
-        const float shrink = update * p[i] > 0.0f ? lr * decay * p[i] : 0.0f;
-        p[i] = p[i] - shrink - lr * update;
+#pragma omp parallel num_threads(threads)
+    for (int64_t k = 0; k < count; k++) {
+        float *restrict p = ps[k], *restrict first = firsts[k], *restrict second = seconds[k];
+        const float *restrict g = gs[k], decay = decays[k];
+        int64_t from, to;
+        share(n[k], &from, &to);
+        for (int64_t i = from; i < to; i++) {
+            const float d = g[i] * clip;
+            const float m = first[i] = first[i] + (d - first[i]) * (1.0f - beta1);
+            const float v = second[i] = second[i] * beta2 + d * d * (1.0f - beta2);
+            const float update = m * rate1 / (sqrtf(v * rate2) + eps);
+            const float shrink = update * p[i] > 0.0f ? lr * decay * p[i] : 0.0f;
+            p[i] = p[i] - shrink - lr * update;
+        }
+    }
+}
+
+/* Sums of the squares of `count` tensors of sizes[] numbers: one of each thread, in double past 1024 numbers. */
+void squares(const float **xs, const int64_t *sizes, double *sums, int64_t count, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        double total = 0.0;
+        for (int64_t k = 0; k < count; k++) {
+            int64_t from, to;
+            share(sizes[k], &from, &to);
+            for (; from < to; from += 1024) {
+                const int64_t n = to - from < 1024 ? to - from : 1024;
+                const float *x = xs[k] + from;
+                float sum = 0.0f;
+                for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
+                total += sum;
+            }
+        }
+        sums[omp_get_thread_num()] = total;
     }
 }
 

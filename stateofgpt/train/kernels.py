@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ FLAGS = (
     "-fassociative-math",
 )
 TOKENS = 64  # that go through the passes of `tiles.h` together
+Lists = Sequence[Tensor]
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -40,8 +42,8 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def _call(self, name: str, *values: Tensor | int | float | None) -> None:
-        """Call one function: tensors by address, whole numbers as int64, fractions as float, None as a null."""
+    def _call(self, name: str, *values: Tensor | int | float | ctypes.Array[Any] | None) -> None:
+        """Call one function: tensors and arrays by address, whole numbers as int64, fractions as float, None as a null."""
         words: list[object] = []
         for value in values:
             if isinstance(value, Tensor):
@@ -50,9 +52,11 @@ class Kernels:
                 words.append(ctypes.c_void_p(None))
             elif isinstance(value, int):
                 words.append(ctypes.c_int64(value))
+            elif isinstance(value, ctypes.Array):
+                words.append(value)
             else:
                 words.append(ctypes.c_float(value))
-        self._library[name](*words, ctypes.c_int(torch.get_num_threads()))
+        getattr(self._library, name)(*words, ctypes.c_int(torch.get_num_threads()))
 
     def rmsnorm(self, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """RMSNorm of `x` [N, C] with `gain` [C] float32; the result, and 1 / rms [N] for the way back."""
@@ -141,19 +145,20 @@ class Kernels:
         self,
         x: Tensor,
         norm: Tensor,
-        qkv_w: Tensor,
+        weights: Sequence[Tensor],
         gains: Tensor | None,
         tables: tuple[Tensor, Tensor],
         sizes: tuple[int, ...],
         eps: float,
     ) -> tuple[Tensor, ...]:
-        """q, k, v of `x` [B T, C] as `rope` gives them, and what the way back needs: qkv, 1 / rms of rows and heads."""
+        """q, k, v of `x` [B T, C] as `rope` gives them, and what the way back needs: qkv, 1 / rms of rows and heads.
+        `weights` are those of q, k and v, in float32 as all weights below."""
         B, T, H, K, D = sizes
         q, k, v = x.new_empty(B, H, T, D), x.new_empty(B, K, T, D), x.new_empty(B, K, T, D)
-        qkv, rstd, rstd_qk = x.new_empty(B * T, len(qkv_w)), torch.empty(B * T), torch.empty(B * T, H + K)
-        kept = (rstd, qkv, q, k, v, rstd_qk)
+        qkv, rstd, rstd_qk = x.new_empty(B * T, (H + 2 * K) * D), torch.empty(B * T), torch.empty(B * T, H + K)
+        made = (rstd, qkv, q, k, v, rstd_qk)
         name = f"enter_block_{SUFFIX[x.dtype]}"
-        self._call(name, x, norm, qkv_w, gains, *tables, *kept, B, T, x.shape[1], H, K, D, float(eps))
+        self._call(name, x, norm, *weights, gains, *tables, *made, B, T, x.shape[1], H, K, D, float(eps))
         return q, k, v, qkv, rstd, rstd_qk
 
     def enter_block_backward(
@@ -162,30 +167,29 @@ class Kernels:
         residual: Tensor,
         x: Tensor,
         norm: Tensor,
-        qkv_w: Tensor,
+        weights: Sequence[Tensor],
         gains: Tensor | None,
         tables: tuple[Tensor, Tensor],
         kept: tuple[Tensor, Tensor, Tensor],
         sizes: tuple[int, ...],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Gradient of `x` with `residual` added; those of qkv_w, norm and gains [H + K, D], in float32. `kept` is 1 / rms
-        of rows, qkv, 1 / rms of heads."""
+        """Gradient of `x` with `residual` added; those of the weights, norm and gains [H + K, D], in float32. `kept` is
+        1 / rms of rows, qkv, 1 / rms of heads."""
         B, T, H, K, D = sizes
         C, dx = x.shape[1], torch.empty_like(x)
-        sums = torch.zeros(qkv_w.numel() + C + (H + K) * D)
+        shapes = (*(w.shape for w in weights), norm.shape, (H + K, D))
+        sums = torch.empty(sum(map(math.prod, shapes)))
         name = f"enter_block_backward_{SUFFIX[x.dtype]}"
-        self._call(
-            name, *grads, residual, x, norm, qkv_w, gains, *tables, *kept, dx, sums, B, T, C, H, K, D
-        )  # fmt: skip
-        return dx, _apart(sums, qkv_w.shape, norm.shape, (H + K, D))
+        given = (*grads, residual, x, norm, *weights, gains, *tables, *kept)
+        self._call(name, *given, dx, sums, B, T, C, H, K, D)
+        return dx, _apart(sums, shapes)
 
     def leave_block(
         self, y: Tensor, x: Tensor, norm: Tensor, weights: Sequence[Tensor], eps: float
     ) -> tuple[Tensor, ...]:
         """The block's output of its attention `y` [N, A] and its input `x` [N, C]; and what the way back needs: what lies
-        between attention and feed-forward, its 1 / rms, gate and up. `weights` are those of output, gate-and-up, down.
-        """
-        (n, c), inner = x.shape, weights[2].shape[1]
+        between attention and feed-forward, its 1 / rms, gate and up. `weights` are those of output, gate, up, down."""
+        (n, c), inner = x.shape, weights[-1].shape[1]
         middle, out, rstd, gate_up = torch.empty_like(x), torch.empty_like(x), torch.empty(n), x.new_empty(n, 2 * inner)
         name = f"leave_block_{SUFFIX[x.dtype]}"
         self._call(name, y, x, norm, *weights, middle, rstd, gate_up, out, n, c, y.shape[1], inner, float(eps))
@@ -197,13 +201,13 @@ class Kernels:
         """Gradients of what lies between, of `y`, and of the weights and `norm`, in float32. `kept` is y and what
         `leave_block` gave after its output."""
         y, middle, rstd, gate_up = kept
-        (n, c), inner = middle.shape, weights[2].shape[1]
+        (n, c), inner = middle.shape, weights[-1].shape[1]
         dmiddle, dy = torch.empty_like(middle), torch.empty_like(y)
-        sums = torch.zeros(sum(w.numel() for w in weights) + c)
+        shapes = (*(w.shape for w in weights), norm.shape)
+        made = (dmiddle, dy, torch.empty(sum(map(math.prod, shapes))))
         name = f"leave_block_backward_{SUFFIX[y.dtype]}"
-        made = (dmiddle, dy, sums)
         self._call(name, dout, y, norm, *weights, middle, rstd, gate_up, *made, n, c, y.shape[1], inner)
-        return dmiddle, dy, _apart(sums, *(w.shape for w in weights), norm.shape)
+        return dmiddle, dy, _apart(made[2], shapes)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, firsts: Tensor | None, sizes: tuple[int, ...]
@@ -232,17 +236,29 @@ class Kernels:
         (n, c), vocab = x.shape, weight.shape[0]
         losses, dx, sums = torch.empty(n), None, None
         if wanted:
-            dx, sums = torch.empty_like(x), torch.zeros(-(-vocab // 32) * 32 * c + c)
+            dx, sums = torch.empty_like(x), torch.empty(-(-vocab // 32) * 32 * c + c)
         name = f"head_{SUFFIX[x.dtype]}"
         self._call(name, x, norm, weight, targets, weights, losses, dx, sums, n, c, vocab, float(eps))
         if dx is None or sums is None:
             return (losses,)
         return losses, dx, sums[: vocab * c].view(vocab, c), sums[-c:]
 
-    def adamw(self, p: Tensor, grad: Tensor, first: Tensor, second: Tensor, rates: tuple[float, ...]) -> None:
-        """One step on `p`, float32, in place; `rates` are lr, beta1, beta2, eps, weight decay, 1 - beta1^t,
-        1 - beta2^t, and the factor of the gradient."""
-        self._call("adamw", p, grad, first, second, p.numel(), *map(float, rates))
+    def adamw(
+        self, params: Lists, grads: Lists, firsts: Lists, seconds: Lists, decays: Sequence[float], rates: Sequence[float]
+    ) -> None:
+        """One step on `params`, float32, in place; `decays` are the weight decays of each, `rates` lr, beta1, beta2, eps,
+        1 - beta1^t, 1 - beta2^t, and the factor of the gradients."""
+        n = len(params)
+        lists = [(ctypes.c_void_p * n)(*(x.data_ptr() for x in xs)) for xs in (params, grads, firsts, seconds)]
+        sizes, shrink = (ctypes.c_int64 * n)(*(x.numel() for x in params)), (ctypes.c_float * n)(*decays)
+        self._call("adamw", *lists, sizes, shrink, n, *map(float, rates))
+
+    def norm(self, tensors: Lists) -> float:
+        """The Euclidean norm of all numbers of `tensors`, float32, together."""
+        n, sums = len(tensors), torch.zeros(torch.get_num_threads(), dtype=torch.float64)
+        addresses = (ctypes.c_void_p * n)(*(x.data_ptr() for x in tensors))
+        self._call("squares", addresses, (ctypes.c_int64 * n)(*(x.numel() for x in tensors)), sums, n)
+        return math.sqrt(sum(sums.tolist()))
 
     def muon_momentum(self, grads: Tensor, momentum: Tensor, beta: float, scale: float) -> Tensor:
         """Take `grads` times `scale` into `momentum`, both float32; the Nesterov update in bfloat16."""
@@ -255,7 +271,7 @@ class Kernels:
         self._call("muon_apply", weights, update.contiguous(), weights.numel(), float(lr), float(decay))
 
 
-def _apart(sums: Tensor, *shapes: Sequence[int]) -> tuple[Tensor, ...]:
+def _apart(sums: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
     """Parts of `sums`, one after the other, in their shapes."""
     parts = sums.split([math.prod(shape) for shape in shapes])
     return tuple(part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True))

@@ -130,6 +130,9 @@ class Trainer:
                 value.backward()
                 total += value.detach()
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        kernels = self.optimizer.kernels
+        if kernels is not None and all(g.dtype == torch.float32 and g.device.type == "cpu" for g in grads):
+            return total, total.new_tensor(kernels.norm([g.contiguous() for g in grads]))
         return total, torch.nn.utils.get_total_norm(grads).to(total)
 
     @contextmanager

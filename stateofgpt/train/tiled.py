@@ -50,50 +50,31 @@ def fits_head(kernels: Kernels, config: GPTConfig, dtype: torch.dtype) -> bool:
 
 
 class TiledBlock(torch.autograd.Function):
-    """One residual block: x [N, C] -> [N, C]. `rounded` are the four weights in the precision of x."""
+    """One residual block: x [N, C] -> [N, C]. `weights` are those of q, k, v, output, gate, up and down."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        qkv_w: Tensor,
-        o_w: Tensor,
-        gate_up_w: Tensor,
-        down_w: Tensor,
-        norm_in: Tensor,
-        norm_mlp: Tensor,
-        gains: Tensor | None,
-        rounded: tuple[Tensor, Tensor, Tensor, Tensor],
-        spec: Spec,
+        ctx: Any, x: Tensor, norm_in: Tensor, norm_mlp: Tensor, gains: Tensor | None, spec: Spec, *weights: Tensor
     ) -> Tensor:
-        k, (qkv_r, *rest) = spec.kernels, rounded
-        q, key, v, qkv, rstd, rstd_qk = k.enter_block(x, norm_in, qkv_r, gains, spec.tables, spec.sizes, spec.eps)
+        k = spec.kernels
+        q, key, v, qkv, *rstd = k.enter_block(x, norm_in, weights[:3], gains, spec.tables, spec.sizes, spec.eps)
         y, probs = k.attend(q, key, v, spec.firsts, spec.sizes)
-        out, middle, rstd_mlp, gate_up = k.leave_block(y, x, norm_mlp, rest, spec.eps)
+        out, *rest = k.leave_block(y, x, norm_mlp, weights[3:], spec.eps)
         ctx.spec = spec
-        ctx.save_for_backward(
-            x, norm_in, norm_mlp, gains, *rounded, q, key, v, qkv, rstd, rstd_qk, y, probs, middle, rstd_mlp, gate_up
-        )
+        ctx.save_for_backward(x, norm_in, norm_mlp, gains, *weights, q, key, v, qkv, *rstd, y, probs, *rest)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (
-            x, norm_in, norm_mlp, gains, qkv_r, o_r, gate_up_r, down_r, q, key, v, qkv, rstd, rstd_qk, y, probs, middle,
-            rstd_mlp, gate_up,
-        ) = ctx.saved_tensors  # fmt: skip
-        spec, k = ctx.spec, ctx.spec.kernels
-        weights = (o_r, gate_up_r, down_r)
-        kept = (y, middle, rstd_mlp, gate_up)
-        dmiddle, dy, of_rest = k.leave_block_backward(dout.contiguous(), norm_mlp, weights, kept)
-        grads = k.attend_backward(dy, q, key, v, probs, spec.sizes)
-        dx, of_qkv = k.enter_block_backward(
-            grads, dmiddle, x, norm_in, qkv_r, gains, spec.tables, (rstd, qkv, rstd_qk), spec.sizes
+        x, norm_in, norm_mlp, gains, *kept = ctx.saved_tensors
+        into, rest, (q, key, v, qkv, rstd, rstd_qk, y, probs) = kept[:3], kept[3:7], kept[7:15]
+        k, sizes, tables = ctx.spec.kernels, ctx.spec.sizes, ctx.spec.tables
+        dmiddle, dy, (*of_rest, dnorm_mlp) = k.leave_block_backward(dout.contiguous(), norm_mlp, rest, (y, *kept[15:]))
+        grads = k.attend_backward(dy, q, key, v, probs, sizes)
+        dx, (*of_into, dnorm_in, dgains) = k.enter_block_backward(
+            grads, dmiddle, x, norm_in, into, gains, tables, (rstd, qkv, rstd_qk), sizes
         )
-        dqkv_w, dnorm_in, dgains = of_qkv
-        do_w, dgate_up_w, ddown_w, dnorm_mlp = of_rest
-        dgains = None if gains is None else dgains
-        return dx, dqkv_w, do_w, dgate_up_w, ddown_w, dnorm_in, dnorm_mlp, dgains, None, None
+        return dx, dnorm_in, dnorm_mlp, None if gains is None else dgains, None, *of_into, *of_rest
 
 
 class TiledHead(torch.autograd.Function):
@@ -104,8 +85,7 @@ class TiledHead(torch.autograd.Function):
         ctx: Any, x: Tensor, norm: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, spec: Spec
     ) -> Tensor:
         wanted = any(ctx.needs_input_grad)
-        rounded = weight.detach().to(x.dtype)
-        losses, *grads = spec.kernels.head(x, norm, rounded, targets, weights, spec.eps, wanted)
+        losses, *grads = spec.kernels.head(x, norm, weight, targets, weights, spec.eps, wanted)
         if wanted:
             ctx.save_for_backward(*grads)
         return losses.sum()

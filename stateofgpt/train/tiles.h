@@ -13,6 +13,14 @@ static const word *NAME(down_shared)(const REAL *w, int64_t k, int64_t n, word *
     return PAIR == 1 ? (const word *)w : own - first * n;
 }
 
+/* This thread's share of float weights w [n], rounded; where they go on. */
+static REAL *NAME(round_shared)(const float *w, int64_t n, REAL *out) {
+    int64_t first, last;
+    share(n, &first, &last);
+    for (int64_t i = first; i < last; i++) out[i] = STORE(w[i]);
+    return out + n;
+}
+
 /* This thread's share of the panels of w^T, w [n, k]. */
 static void NAME(panels_shared)(const REAL *w, int64_t n, int64_t k, word *out) {
     int64_t first, last;
@@ -20,18 +28,30 @@ static void NAME(panels_shared)(const REAL *w, int64_t n, int64_t k, word *out) 
     NAME(panels)(w, k, n, k, out, first, last);
 }
 
-/* Into a block: x [B T, C] normalised, times qkv_w^T, to q, k and v as in rope_forward. Kept: qkv, both rstd. */
-void NAME(enter_block)(const REAL *x, const float *norm, const REAL *qkv_w, const float *gains, const float *cosines,
-                       const float *sines, float *rstd, REAL *qkv, REAL *q, REAL *k, REAL *v, float *rstd_qk, int64_t B,
-                       int64_t T, int64_t C, int64_t H, int64_t K, int64_t D, float eps, int threads) {
+static void NAME(round_qkv)(const float *q, const float *k, const float *v, int64_t C, int64_t of_q, int64_t of_k,
+                            REAL *out) {
+    out = NAME(round_shared)(q, of_q * C, out);
+    out = NAME(round_shared)(k, of_k * C, out);
+    NAME(round_shared)(v, of_k * C, out);
+}
+
+/* Into a block: x [B T, C] normalised, times the transposed weights of q, k and v, to q, k and v as in rope_forward.
+   Kept: qkv, both rstd. */
+void NAME(enter_block)(const REAL *x, const float *norm, const float *q_w, const float *k_w, const float *v_w,
+                       const float *gains, const float *cosines, const float *sines, float *rstd, REAL *qkv, REAL *q,
+                       REAL *k, REAL *v, float *rstd_qk, int64_t B, int64_t T, int64_t C, int64_t H, int64_t K,
+                       int64_t D, float eps, int threads) {
     const int64_t W = (H + 2 * K) * D;
-    word *weights = room_for(sizeof(REAL) * W * C);
+    REAL *qkv_w = room_for(sizeof(REAL) * 2 * W * C);
+    word *weights = (word *)(qkv_w + W * C);
 #pragma omp parallel num_threads(threads)
     {
         REAL *h = room_for(sizeof(REAL) * TOKENS * C);
-        NAME(panels_shared)(qkv_w, W, C, weights);
         int64_t first, last;
         share((B * T + TOKENS - 1) / TOKENS, &first, &last);
+        NAME(round_qkv)(q_w, k_w, v_w, C, H * D, K * D, qkv_w);
+#pragma omp barrier
+        NAME(panels_shared)(qkv_w, W, C, weights);
 #pragma omp barrier
         for (int64_t from = first * TOKENS; from < last * TOKENS && from < B * T; from += TOKENS) {
             const int64_t rows = least(TOKENS, B * T - from);
@@ -46,19 +66,20 @@ void NAME(enter_block)(const REAL *x, const float *norm, const REAL *qkv_w, cons
         }
         free(h);
     }
-    free(weights);
+    free(qkv_w);
 }
 
-/* The way back, from dq, dk, dv and what reaches x past the block (`residual`) to dx; grads: of qkv_w [W, C], of norm [C]
-   and of the gains [H + K, D], one after the other, zeros when called. */
+/* The way back, from dq, dk, dv and what reaches x past the block (`residual`) to dx; grads: of the weights of q, k
+   and v together [W, C], of norm [C] and of the gains [H + K, D], one after the other. */
 void NAME(enter_block_backward)(const REAL *dq, const REAL *dk, const REAL *dv, const REAL *residual, const REAL *x,
-                                const float *norm, const REAL *qkv_w, const float *gains, const float *cosines,
-                                const float *sines, const float *rstd, const REAL *qkv, const float *rstd_qk, REAL *dx,
-                                float *grads, int64_t B, int64_t T, int64_t C, int64_t H, int64_t K, int64_t D,
-                                int threads) {
+                                const float *norm, const float *q_w, const float *k_w, const float *v_w,
+                                const float *gains, const float *cosines, const float *sines, const float *rstd,
+                                const REAL *qkv, const float *rstd_qk, REAL *dx, float *grads, int64_t B, int64_t T,
+                                int64_t C, int64_t H, int64_t K, int64_t D, int threads) {
     const int64_t W = (H + 2 * K) * D, size = W * C + C + (H + K) * D;
-    word *weights = room_for(sizeof(REAL) * W * C);
-    float *others = zeros_for(threads - 1, size);
+    REAL *qkv_w = room_for(sizeof(REAL) * 2 * W * C);
+    word *weights = (word *)(qkv_w + W * C);
+    float *others = room_for(sizeof(float) * (threads - 1) * size);
 #pragma omp parallel num_threads(threads)
     {
         REAL *h = room_for(sizeof(REAL) * TOKENS * (W + 2 * C)), *dh = h + TOKENS * C, *dqkv = dh + TOKENS * C;
@@ -66,6 +87,9 @@ void NAME(enter_block_backward)(const REAL *dq, const REAL *dk, const REAL *dv, 
         int64_t first, last, to, tl, tr;
         const int64_t me = share((B * T + TOKENS - 1) / TOKENS, &first, &last);
         float *own = me ? others + (me - 1) * size : grads;
+        memset(own, 0, sizeof(float) * size);
+        NAME(round_qkv)(q_w, k_w, v_w, C, H * D, K * D, qkv_w);
+#pragma omp barrier
         const word *qkv_words = NAME(down_shared)(qkv_w, W, C, weights, &to);
 #pragma omp barrier
         for (int64_t from = first * TOKENS; from < last * TOKENS && from < B * T; from += TOKENS) {
@@ -89,21 +113,34 @@ void NAME(enter_block_backward)(const REAL *dq, const REAL *dk, const REAL *dv, 
         free(h);
     }
     free(others);
-    free(weights);
+    free(qkv_w);
 }
 
-/* Out of a block: y [N, A] times o_w^T plus x is `middle` [N, C]; that normalised, times gate_up_w^T, is `gate_up`
+/* The weights that lead out of a block, rounded: those of output [C, A], gate and up together [2 I, C], down [C, I]. */
+static void NAME(round_rest)(const float *o, const float *gate, const float *up, const float *down, int64_t of_o,
+                             int64_t of_gate, REAL *out) {
+    out = NAME(round_shared)(o, of_o, out);
+    out = NAME(round_shared)(gate, of_gate, out);
+    out = NAME(round_shared)(up, of_gate, out);
+    NAME(round_shared)(down, of_gate, out);
+}
+
+/* Out of a block: y [N, A] times o_w^T plus x is `middle` [N, C]; that normalised, times gate_w^T and up_w^T, is `gate_up`
    [N, 2 I]; SwiGLU of it, times down_w^T, plus `middle` is out [N, C]. Kept: middle, rstd [N], gate_up. */
-void NAME(leave_block)(const REAL *y, const REAL *x, const float *norm, const REAL *o_w, const REAL *gate_up_w,
-                       const REAL *down_w, REAL *middle, float *rstd, REAL *gate_up, REAL *out, int64_t N, int64_t C,
-                       int64_t A, int64_t I, float eps, int threads) {
-    word *o = room_for(sizeof(REAL) * C * (A + 3 * I)), *gu = o + C * A / PAIR, *down = gu + 2 * I * C / PAIR;
+void NAME(leave_block)(const REAL *y, const REAL *x, const float *norm, const float *o_w, const float *gate_w,
+                       const float *up_w, const float *down_w, REAL *middle, float *rstd, REAL *gate_up, REAL *out,
+                       int64_t N, int64_t C, int64_t A, int64_t I, float eps, int threads) {
+    const int64_t size = C * (A + 3 * I);
+    REAL *rounded = room_for(sizeof(REAL) * 2 * size);
+    word *o = (word *)(rounded + size), *gu = o + C * A / PAIR, *down = gu + 2 * I * C / PAIR;
 #pragma omp parallel num_threads(threads)
     {
         REAL *h = room_for(sizeof(REAL) * TOKENS * (C + I)), *hidden = h + TOKENS * C;
-        NAME(panels_shared)(o_w, C, A, o);
-        NAME(panels_shared)(gate_up_w, 2 * I, C, gu);
-        NAME(panels_shared)(down_w, C, I, down);
+        NAME(round_rest)(o_w, gate_w, up_w, down_w, C * A, C * I, rounded);
+#pragma omp barrier
+        NAME(panels_shared)(rounded, C, A, o);
+        NAME(panels_shared)(rounded + C * A, 2 * I, C, gu);
+        NAME(panels_shared)(rounded + C * A + 2 * I * C, C, I, down);
         int64_t first, last;
         share((N + TOKENS - 1) / TOKENS, &first, &last);
 #pragma omp barrier
@@ -118,18 +155,19 @@ void NAME(leave_block)(const REAL *y, const REAL *x, const float *norm, const RE
         }
         free(h);
     }
-    free(o);
+    free(rounded);
 }
 
 /* The way back: from dout [N, C] to dmiddle [N, C], which reaches x past the attention too, and dy [N, A]; grads: of o_w
-   [C, A], gate_up_w [2 I, C], down_w [C, I] and norm [C], one after the other, zeros when called. */
-void NAME(leave_block_backward)(const REAL *dout, const REAL *y, const float *norm, const REAL *o_w,
-                                const REAL *gate_up_w, const REAL *down_w, const REAL *middle, const float *rstd,
-                                const REAL *gate_up, REAL *dmiddle, REAL *dy, float *grads, int64_t N, int64_t C,
-                                int64_t A, int64_t I, int threads) {
+   [C, A], of gate_w and up_w together [2 I, C], of down_w [C, I] and of norm [C], one after the other. */
+void NAME(leave_block_backward)(const REAL *dout, const REAL *y, const float *norm, const float *o_w,
+                                const float *gate_w, const float *up_w, const float *down_w, const REAL *middle,
+                                const float *rstd, const REAL *gate_up, REAL *dmiddle, REAL *dy, float *grads, int64_t N,
+                                int64_t C, int64_t A, int64_t I, int threads) {
     const int64_t of_gate_up = C * A, of_down = of_gate_up + 2 * I * C, of_norm = of_down + C * I, size = of_norm + C;
-    word *rooms = room_for(sizeof(REAL) * C * (A + 3 * I));
-    float *others = zeros_for(threads - 1, size);
+    REAL *rounded = room_for(sizeof(REAL) * 2 * of_norm);
+    word *rooms = (word *)(rounded + of_norm);
+    float *others = room_for(sizeof(float) * (threads - 1) * size);
 #pragma omp parallel num_threads(threads)
     {
         REAL *h = room_for(sizeof(REAL) * TOKENS * (2 * C + 4 * I)), *dh = h + TOKENS * C, *hidden = dh + TOKENS * C;
@@ -139,9 +177,12 @@ void NAME(leave_block_backward)(const REAL *dout, const REAL *y, const float *no
         int64_t first, last, to, tg, td, tl, tr;
         const int64_t me = share((N + TOKENS - 1) / TOKENS, &first, &last);
         float *own = me ? others + (me - 1) * size : grads;
-        const word *o = NAME(down_shared)(o_w, C, A, rooms, &to);
-        const word *gu = NAME(down_shared)(gate_up_w, 2 * I, C, rooms + C * A / PAIR, &tg);
-        const word *down = NAME(down_shared)(down_w, C, I, rooms + (C * A + 2 * I * C) / PAIR, &td);
+        memset(own, 0, sizeof(float) * size);
+        NAME(round_rest)(o_w, gate_w, up_w, down_w, C * A, C * I, rounded);
+#pragma omp barrier
+        const word *o = NAME(down_shared)(rounded, C, A, rooms, &to);
+        const word *gu = NAME(down_shared)(rounded + of_gate_up, 2 * I, C, rooms + of_gate_up / PAIR, &tg);
+        const word *down = NAME(down_shared)(rounded + of_down, C, I, rooms + of_down / PAIR, &td);
 #pragma omp barrier
         for (int64_t from = first * TOKENS; from < last * TOKENS && from < N; from += TOKENS) {
             const int64_t rows = least(TOKENS, N - from), words = (rows + PAIR - 1) / PAIR;
@@ -169,7 +210,7 @@ void NAME(leave_block_backward)(const REAL *dout, const REAL *y, const float *no
         free(h);
     }
     free(others);
-    free(rooms);
+    free(rounded);
 }
 
 /* Causal attention: y [B T, H D] and, for each head, the probabilities of 64 queries after the other, each such block as
@@ -250,12 +291,13 @@ void NAME(attend_backward)(const REAL *dy, const REAL *q, const REAL *k, const R
 }
 
 /* The final norm, the head and its loss: losses [N] of x [N, C] through w [V, C], as in cross_entropy; and where dx is
-   not null, dx [N, C] and grads: of w [V rounded up to 32, C] and of norm [C], zeros when called. */
-void NAME(head)(const REAL *x, const float *norm, const REAL *w, const int64_t *targets, const float *weights,
+   not null, dx [N, C] and grads: of w [V rounded up to 32, C] and of norm [C]. */
+void NAME(head)(const REAL *x, const float *norm, const float *w, const int64_t *targets, const float *weights,
                 float *losses, REAL *dx, float *grads, int64_t N, int64_t C, int64_t V, float eps, int threads) {
     const int64_t width = upto32(V), step = width + 32, size = width * C + C; /* rows apart by no power of two */
-    word *across = room_for(sizeof(REAL) * width * C * 2), *room = across + width * C / PAIR;
-    float *others = zeros_for(dx ? threads - 1 : 0, size);
+    REAL *rounded = room_for(sizeof(REAL) * 3 * width * C);
+    word *across = (word *)(rounded + width * C), *room = across + width * C / PAIR;
+    float *others = room_for(sizeof(float) * (dx ? threads - 1 : 0) * size);
 #pragma omp parallel num_threads(threads)
     {
         REAL *h = room_for(sizeof(REAL) * (TOKENS * (2 * C + step) + C)), *dh = h + TOKENS * C, *nothing = dh + TOKENS * C;
@@ -265,12 +307,14 @@ void NAME(head)(const REAL *x, const float *norm, const REAL *w, const int64_t *
         int64_t first, last, to = C, tl, tr;
         const int64_t me = share((N + TOKENS - 1) / TOKENS, &first, &last);
         float *own = me ? others + (me - 1) * size : grads;
-        const word *words = (const word *)w;
         memset(nothing, 0, sizeof(REAL) * C);
-        NAME(panels_shared)(w, V, C, across);
+        if (dx) memset(own, 0, sizeof(float) * size);
+        NAME(round_shared)(w, V * C, rounded);
 #pragma omp single
-        if (PAIR == 2) NAME(down)(w, C, V, C, room, &to);
-        if (PAIR == 2) words = room;
+        memset(rounded + V * C, 0, sizeof(REAL) * (width - V) * C);
+        NAME(panels_shared)(rounded, width, C, across);
+        const word *words = NAME(down_shared)(rounded, width, C, room, &to);
+#pragma omp barrier
         for (int64_t from = first * TOKENS; from < last * TOKENS && from < N; from += TOKENS) {
             const int64_t rows = least(TOKENS, N - from);
             for (int64_t i = 0; i < rows; i++)
@@ -281,7 +325,7 @@ void NAME(head)(const REAL *x, const float *norm, const REAL *w, const int64_t *
             if (!dx) continue;
             const word *a = NAME(down)(logits, step, rows, width, left, &tl), *b = NAME(down)(h, C, rows, C, right, &tr);
             NAME(accumulate)(a, tl, width, b, tr, C, (rows + PAIR - 1) / PAIR, own);
-            NAME(multiply)(logits, step, rows, words, C, 32, C, (V + PAIR - 1) / PAIR, NULL, dh, C);
+            NAME(multiply)(logits, step, rows, words, to, 32, C, width / PAIR, NULL, dh, C);
             for (int64_t i = 0; i < rows; i++)
                 NAME(norm_row_backward)(dh + i * C, x + (from + i) * C, norm, r[i], nothing, dx + (from + i) * C,
                                         own + width * C, C);
@@ -292,5 +336,5 @@ void NAME(head)(const REAL *x, const float *norm, const REAL *w, const int64_t *
         free(h);
     }
     free(others);
-    free(across);
+    free(rounded);
 }
