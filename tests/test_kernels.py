@@ -67,7 +67,7 @@ def test_norm_and_rotation_of_queries_and_keys_are_the_models(
     qkv = drawn(B * T, (H + 2 * K) * D, dtype=dtype)
     gains = drawn(H + K, D, seed=1) + 1.0 if normed else None
     angles = torch.outer(torch.arange(T), 100.0 ** -(torch.arange(0, D, 2) / D))
-    tables = angles.cos().contiguous(), angles.sin().contiguous()
+    tables = angles.cos().contiguous(), angles.sin().contiguous(), None
     q, k, v, rstd = kernels.rope(qkv, gains, tables, sizes, 1e-6)
 
     (qkv_,) = reference(dtype, qkv)

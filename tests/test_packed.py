@@ -103,12 +103,12 @@ def test_no_completion_sees_another() -> None:
     for b, spans in enumerate(packed.spans):
         begin = spans[0][0]
         for start, end in spans:
-            seen = packed.mask[b, 0, start:end]
+            seen = packed.branches.mask[b, 0, start:end]
             assert seen[:, :begin].all()
             own = torch.zeros(seen.shape[1], dtype=torch.bool)
             own[:begin], own[start:end] = True, True
             assert not seen[:, ~own].any()
-            assert packed.positions[b, start:end].tolist() == list(range(begin, begin + end - start))
+            assert packed.branches.positions[b, start:end].tolist() == list(range(begin, begin + end - start))
 
 
 def test_batches_hold_every_row_once_within_the_limit() -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from stateofgpt.model.gpt import GPT, MLP, Attention, Block, GPTConfig, Trunk
 from stateofgpt.model.lora import adapters, effective_weight
-from stateofgpt.train.kernels import Kernels
+from stateofgpt.train.branches import Branches
+from stateofgpt.train.kernels import Kernels, Tables
 
 BLOCK = 128  # queries that attend together: what lies past them is never computed
 LOGITS = 1 << 21  # logits held at a time, or those of as many rows as the next line says, if these are more
@@ -29,13 +30,38 @@ LONGEST = 1024  # tokens of context: attention keeps its probabilities, which gr
 
 
 @dataclass(frozen=True)
+class _Queries:
+    """Queries start..end that attend together, to the keys before `end` but for `gap` of them from `before` on."""
+
+    start: int
+    end: int
+    before: int = 0
+    gap: int = 0
+
+    @property
+    def parts(self) -> tuple[tuple[slice, slice], ...]:
+        """Which columns of their scores are which keys."""
+        if not self.gap:
+            return ((slice(0, self.end), slice(0, self.end)),)
+        own = slice(self.before, self.end - self.gap), slice(self.before + self.gap, self.end)
+        return ((slice(0, self.before), slice(0, self.before)), own)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Those of keys or values [N, T, D] that are attended to."""
+        seen = [x[:, keys] for _, keys in self.parts]
+        return seen[0] if len(seen) == 1 else torch.cat(seen, 1)
+
+
+@dataclass(frozen=True)
 class _Spec:
     """What all blocks share."""
 
     kernels: Kernels
     sizes: tuple[int, int, int, int, int]  # B, T, H, K, D
-    tables: tuple[Tensor, Tensor]
+    tables: Tables
+    blocks: tuple[_Queries, ...]
     firsts: Tensor | None
+    shared: Tensor | None
     eps: float
 
 
@@ -46,12 +72,17 @@ class Decoder(Protocol):
     model: Trunk
 
 
-def fits(model: Decoder, ids: Tensor) -> bool:
-    """Whether the fused pass can take this model and ids [B, T]; it knows no biases, and no dropout in adapters."""
+def knows(model: Decoder) -> bool:
+    """Whether the fused pass can compute this model; it knows no biases, and no dropout in adapters."""
     c = model.config
     known = c.arch in ("qwen3", "llama") and c.head_dim % 2 == 0 and not (c.attention_bias or c.mlp_bias)
-    known = known and not any(adapter.lora_dropout for adapter in adapters(model.model).values())
-    return known and ids.shape[1] <= LONGEST and ids.device.type == "cpu"
+    return known and not any(adapter.lora_dropout for adapter in adapters(model.model).values())
+
+
+def fits(model: Decoder, ids: Tensor, branches: Branches | None = None) -> bool:
+    """Whether the fused pass can take this model and ids [B, T]."""
+    longest = ids.shape[1] if branches is None else branches.longest
+    return knows(model) and longest <= LONGEST and ids.device.type == "cpu"
 
 
 def fused_loss(
@@ -67,30 +98,41 @@ def fused_loss(
 
     `firsts` [B, T] int32 is where each position's document begins: nothing before it is attended to.
     """
-    x, spec = _blocks(kernels, model, ids, dtype, firsts)
+    x, spec = _decoded(kernels, model, ids, dtype, firsts)
     out: Tensor = _Head.apply(
         x, model.model.norm.weight, model.lm_head.weight.to(dtype), targets.reshape(-1), weights.reshape(-1), spec
     )
     return out
 
 
-def fused_hidden(kernels: Kernels, model: Decoder, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def fused_hidden(
+    kernels: Kernels, model: Decoder, ids: Tensor, dtype: torch.dtype, branches: Branches | None = None
+) -> Tensor:
     """Final hidden states [B, T, C] of `ids` [B, T], after the last norm, in `dtype`."""
-    x, spec = _blocks(kernels, model, ids, dtype, None)
+    x, spec = _decoded(kernels, model, ids, dtype, None, branches)
     out: Tensor = _Norm.apply(x, model.model.norm.weight, spec)
     return out.view(*ids.shape, -1)
 
 
-def _blocks(
-    kernels: Kernels, model: Decoder, ids: Tensor, dtype: torch.dtype, firsts: Tensor | None
+def _decoded(
+    kernels: Kernels,
+    model: Decoder,
+    ids: Tensor,
+    dtype: torch.dtype,
+    firsts: Tensor | None,
+    branches: Branches | None = None,
 ) -> tuple[Tensor, _Spec]:
     """Everything from the embedding up to the final norm: [B T, C]."""
     c, trunk = model.config, model.model
     B, T = ids.shape
-    half = c.head_dim // 2
-    tables = (trunk.cos[:T, :half].contiguous(), trunk.sin[:T, :half].contiguous())
+    half, shared, positions = c.head_dim // 2, None, None
+    length, blocks = T, tuple(_Queries(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK))
+    if branches is not None:
+        firsts, shared, positions, length = branches.firsts, branches.shared, branches.positions, branches.longest
+        blocks = tuple(_Queries(*numbers) for numbers in branches.blocks(BLOCK))
+    tables = (trunk.cos[:length, :half].contiguous(), trunk.sin[:length, :half].contiguous(), positions)
     sizes = (B, T, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-    spec = _Spec(kernels, sizes, tables, firsts, c.rms_norm_eps)
+    spec = _Spec(kernels, sizes, tables, blocks, firsts, shared, c.rms_norm_eps)
     x = trunk.embed_tokens(ids).view(B * T, c.hidden_size).to(dtype)
     layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
     for layer, parts in zip(layers, _prepared(layers, dtype), strict=True):
@@ -185,12 +227,12 @@ def _attend(q: Tensor, key: Tensor, v: Tensor, spec: _Spec) -> tuple[Tensor, lis
     out, probs = q.new_empty(B, T, H, D), []
     keys, values = _per_query_head(key, H // K), _per_query_head(v, H // K)
     queries = q.view(B * H, T, D)
-    for start in range(0, T, BLOCK):
-        end = min(start + BLOCK, T)
-        scores = torch.bmm(queries[:, start:end], keys[:, :end].mT)
-        spec.kernels.softmax_(scores, spec.firsts, start, H, D**-0.5)
+    for block in spec.blocks:
+        own = slice(block.start, block.end)
+        scores = torch.bmm(queries[:, own], block.of(keys).mT)
+        spec.kernels.softmax_(scores, spec.firsts, block.start, H, D**-0.5, spec.shared, block.gap)
         probs.append(scores)
-        out[:, start:end] = torch.bmm(scores, values[:, :end]).view(B, H, end - start, D).transpose(1, 2)
+        out[:, own] = torch.bmm(scores, block.of(values)).view(B, H, -1, D).transpose(1, 2)
     return out.view(B * T, H * D), probs
 
 
@@ -203,14 +245,15 @@ def _attend_backward(
     keys, values = _per_query_head(key, H // K), _per_query_head(v, H // K)
     queries = q.view(B * H, T, D)
     dq, dk, dv = torch.empty_like(queries), torch.zeros_like(queries), torch.zeros_like(queries)
-    for p, start in zip(probs, range(0, T, BLOCK), strict=True):
-        end = min(start + BLOCK, T)
-        own = dy[:, start:end]
-        dv[:, :end].baddbmm_(p.mT, own)
-        ds = torch.bmm(own, values[:, :end].mT)
-        spec.kernels.softmax_backward_(p, ds, start, D**-0.5)
-        dq[:, start:end] = torch.bmm(ds, keys[:, :end])
-        dk[:, :end].baddbmm_(ds.mT, queries[:, start:end])
+    for p, block in zip(probs, spec.blocks, strict=True):
+        own = slice(block.start, block.end)
+        ds = torch.bmm(dy[:, own], block.of(values).mT)
+        for columns, seen in block.parts:
+            dv[:, seen].baddbmm_(p[:, :, columns].mT, dy[:, own])
+        spec.kernels.softmax_backward_(p, ds, block.start - block.gap, D**-0.5)
+        dq[:, own] = torch.bmm(ds, block.of(keys))
+        for columns, seen in block.parts:
+            dk[:, seen].baddbmm_(ds[:, :, columns].mT, queries[:, own])
     grouped = (B, K, H // K, T, D)
     if H != K:
         dk, dv = dk.view(grouped).sum(2), dv.view(grouped).sum(2)

@@ -50,15 +50,16 @@ void NAME(rmsnorm_backward)(const REAL *dy, const REAL *x, const float *w, const
 
 /* From qkv [B * T, (H + 2 K) D] to q [B, H, T, D], k and v [B, K, T, D]: queries and keys normalised per head (where
    there are gains), then rotated by position (arXiv 2104.09864, halves paired as transformers pairs them).
-   cosines, sines [T, D / 2]; gains [H + K, D] or null; rstd [B * T, H + K]. */
-void NAME(rope_forward)(const REAL *qkv, const float *gains, const float *cosines, const float *sines, REAL *q, REAL *k,
-                        REAL *v, float *rstd, int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, float eps,
-                        int threads) {
+   cosines, sines [positions, D / 2]; `positions` [B, T] replace 0, 1, 2 ... where they are not null; gains [H + K, D] or
+   null; rstd [B * T, H + K]. */
+void NAME(rope_forward)(const REAL *qkv, const float *gains, const float *cosines, const float *sines,
+                        const int64_t *positions, REAL *q, REAL *k, REAL *v, float *rstd, int64_t B, int64_t T, int64_t H,
+                        int64_t K, int64_t D, float eps, int threads) {
     const int64_t half = D / 2, heads = H + K;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < B * T; n++) {
-        const int64_t b = n / T, t = n % T;
-        const float *co = cosines + t * half, *si = sines + t * half;
+        const int64_t b = n / T, t = n % T, at = positions ? positions[n] : t;
+        const float *co = cosines + at * half, *si = sines + at * half;
         for (int64_t h = 0; h < heads; h++) {
             const REAL *x = qkv + (n * (heads + K) + h) * D;
             REAL *y = h < H ? q + ((b * H + h) * T + t) * D : k + ((b * K + h - H) * T + t) * D;
@@ -89,16 +90,17 @@ void NAME(rope_forward)(const REAL *qkv, const float *gains, const float *cosine
 
 /* The way back: dq, dk, dv as rope_forward laid them out, into dqkv [B * T, (H + 2 K) D]. partial [threads, (H+K) D]. */
 void NAME(rope_backward)(const REAL *dq, const REAL *dk, const REAL *dv, const REAL *qkv, const float *gains,
-                         const float *cosines, const float *sines, const float *rstd, REAL *dqkv, float *partial,
-                         int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, int threads) {
+                         const float *cosines, const float *sines, const int64_t *positions, const float *rstd,
+                         REAL *dqkv, float *partial, int64_t B, int64_t T, int64_t H, int64_t K, int64_t D,
+                         int threads) {
     const int64_t half = D / 2, heads = H + K;
 #pragma omp parallel num_threads(threads)
     {
         int64_t first, last;
         const int64_t own = share(B * T, &first, &last);
         for (int64_t n = first; n < last; n++) {
-            const int64_t b = n / T, t = n % T;
-            const float *co = cosines + t * half, *si = sines + t * half;
+            const int64_t b = n / T, t = n % T, at = positions ? positions[n] : t;
+            const float *co = cosines + at * half, *si = sines + at * half;
             for (int64_t h = 0; h < heads; h++) {
                 const REAL *d = h < H ? dq + ((b * H + h) * T + t) * D : dk + ((b * K + h - H) * T + t) * D;
                 const REAL *x = qkv + (n * (heads + K) + h) * D;
@@ -135,36 +137,37 @@ void NAME(rope_backward)(const REAL *dq, const REAL *dk, const REAL *dv, const R
     }
 }
 
-/* e[n] = exp((x - top) scale), top being the largest of x; their sum, and the top where it is asked for. */
-static inline float NAME(exponentials)(const REAL *x, float *e, int64_t n, float scale, float *largest) {
-    float top = -INFINITY, sum = 0.0f;
+/* e[n] = x as float; the largest of x and of `top`. */
+static inline float NAME(largest)(const REAL *x, float *e, int64_t n, float top) {
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < n; j++) {
         e[j] = LOAD(x[j]);
         top = e[j] > top ? e[j] : top;
     }
-    for (int64_t j = 0; j < n; j++) e[j] = exponential((e[j] - top) * scale);
-    for (int64_t j = 0; j < n; j++) sum += e[j];
-    if (largest) *largest = top;
-    return sum;
+    return top;
 }
 
-/* Softmax over keys first..t of scores [n, width] times `scale`, in place; row i is the query at t = from + i % rows, and
-   what it may not see becomes 0. `firsts` [batch, T] is where each position's document begins, or null; `per_batch` rows
-   share one batch row. */
-void NAME(softmax_forward)(REAL *scores, const int32_t *firsts, int64_t n, int64_t rows, int64_t width, int64_t from,
-                           int64_t per_batch, int64_t T, float scale, int threads) {
+/* Softmax of scores [n, width] times `scale`, in place; what a query may not see becomes 0. Row i is the query at place
+   t = from + i % rows of its row of tokens. It sees the keys firsts[t]..t, or 0..t where `firsts` [batch, T] is null, and
+   before these the first shared[t] keys, where `shared` [batch, T] is not null. `gap` keys that no query here sees have
+   no column, and what is shared lies before them. `per_batch` rows share one batch row. */
+void NAME(softmax_forward)(REAL *scores, const int32_t *firsts, const int32_t *shared, int64_t n, int64_t rows,
+                           int64_t width, int64_t from, int64_t gap, int64_t per_batch, int64_t T, float scale,
+                           int threads) {
 #pragma omp parallel num_threads(threads)
     {
         float *e = malloc(sizeof(float) * width);
 #pragma omp for schedule(static, 16)
         for (int64_t i = 0; i < n; i++) {
             REAL *s = scores + i * width;
-            const int64_t t = from + i % rows, first = firsts ? firsts[i / per_batch * T + t] : 0;
-            const float inverse = 1.0f / NAME(exponentials)(s + first, e, t + 1 - first, scale, NULL);
-            for (int64_t j = first; j <= t; j++) s[j] = STORE(e[j - first] * inverse);
-            memset(s, 0, sizeof(REAL) * first);
-            memset(s + t + 1, 0, sizeof(REAL) * (width - t - 1));
+            const int64_t t = from + i % rows, place = i / per_batch * T + t;
+            const int64_t first = firsts ? firsts[place] - gap : 0, end = t - gap + 1, before = shared ? shared[place] : 0;
+            const float top = NAME(largest)(s + first, e + before, end - first, NAME(largest)(s, e, before, -INFINITY));
+            const float inverse = 1.0f / exponentials(e, before + end - first, top, scale);
+            for (int64_t j = 0; j < before; j++) s[j] = STORE(e[j] * inverse);
+            for (int64_t j = first; j < end; j++) s[j] = STORE(e[before + j - first] * inverse);
+            memset(s + before, 0, sizeof(REAL) * (first - before));
+            memset(s + end, 0, sizeof(REAL) * (width - end));
         }
         free(e);
     }
@@ -223,8 +226,7 @@ void NAME(cross_entropy)(REAL *logits, const int64_t *targets, const float *weig
         for (int64_t i = 0; i < n; i++) {
             REAL *x = logits + i * c;
             const float w = weights[i], own = LOAD(x[targets[i]]);
-            float top;
-            const float sum = NAME(exponentials)(x, e, c, 1.0f, &top), k = w / sum;
+            const float top = NAME(largest)(x, e, c, -INFINITY), sum = exponentials(e, c, top, 1.0f), k = w / sum;
             losses[i] = w * (logf(sum) + top - own);
             if (!with_gradient) continue;
             for (int64_t j = 0; j < c; j++) x[j] = STORE(e[j] * k);

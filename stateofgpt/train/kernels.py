@@ -30,6 +30,10 @@ FLAGS = (
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+# cosines and sines [positions, D / 2], and the positions [B, T] int64 where they are not 0, 1, 2 ...
+Tables = tuple[Tensor, Tensor, Tensor | None]
+
+
 class Kernels:
     """The loaded library. Tensors must be contiguous, on the CPU, and of the shapes that `kernels.h` names."""
 
@@ -66,10 +70,10 @@ class Kernels:
         return dx, partial.sum(0)
 
     def rope(
-        self, qkv: Tensor, gains: Tensor | None, tables: tuple[Tensor, Tensor], sizes: tuple[int, ...], eps: float
+        self, qkv: Tensor, gains: Tensor | None, tables: Tables, sizes: tuple[int, ...], eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries [B, H, T, D], keys and values [B, K, T, D] of `qkv` [B T, (H + 2K) D], normalised and rotated, and
-        1 / rms of each head. `sizes` is (B, T, H, K, D), `tables` cosines and sines [T, D / 2]."""
+        1 / rms of each head. `sizes` is (B, T, H, K, D)."""
         B, T, H, K, D = sizes
         q, k, v = qkv.new_empty(B, H, T, D), qkv.new_empty(B, K, T, D), qkv.new_empty(B, K, T, D)
         rstd = torch.empty(B * T, H + K)
@@ -82,7 +86,7 @@ class Kernels:
         grads: tuple[Tensor, Tensor, Tensor],
         qkv: Tensor,
         gains: Tensor | None,
-        tables: tuple[Tensor, Tensor],
+        tables: Tables,
         rstd: Tensor,
         sizes: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
@@ -94,17 +98,29 @@ class Kernels:
         )  # fmt: skip
         return dqkv, partial.sum(0)
 
-    def softmax_(self, scores: Tensor, firsts: Tensor | None, start: int, heads: int, scale: float) -> None:
+    def softmax_(
+        self,
+        scores: Tensor,
+        firsts: Tensor | None,
+        start: int,
+        heads: int,
+        scale: float,
+        shared: Tensor | None = None,
+        gap: int = 0,
+    ) -> None:
         """Causal softmax in place. `scores` [B * heads, R, W]: the row r of W keys is the query at start + r; `heads`
         rows of the first dimension belong to one row of `firsts` [B, T] int32, where each position's document begins.
-        """
+        Of `shared` [B, T] int32 keys at the row's beginning each position sees them too; W leaves out the `gap` keys
+        after those that no query here sees."""
         n, rows, width = scores.shape
         T = firsts.shape[1] if firsts is not None else 0
         name = f"softmax_forward_{SUFFIX[scores.dtype]}"
-        self._call(name, scores, firsts, n * rows, rows, width, start, heads * rows, T, float(scale))
+        sizes = (n * rows, rows, width, start, gap, heads * rows, T)
+        self._call(name, scores, firsts, shared, *sizes, float(scale))
 
     def softmax_backward_(self, probs: Tensor, grad: Tensor, start: int, scale: float) -> None:
-        """`grad` of the probabilities becomes that of the scores, in place; shapes as in `softmax_`."""
+        """`grad` of the probabilities becomes that of the scores, in place; shapes as in `softmax_`, `start` less its
+        gap."""
         n, rows, width = probs.shape
         name = f"softmax_backward_{SUFFIX[probs.dtype]}"
         self._call(name, probs, grad, n * rows, rows, width, start, float(scale))
