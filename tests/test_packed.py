@@ -15,8 +15,7 @@ from stateofgpt.model.heads import RewardModel
 from stateofgpt.model.lora import LoraConfig
 from stateofgpt.rl.features import compute, depths_of
 from stateofgpt.rl.linear import judged
-from stateofgpt.rl.packed import batch, by_length, pack
-from stateofgpt.rl.reward_training import conversation_ids
+from stateofgpt.rl.packed import batch, by_length, conversation_ids, pack
 from stateofgpt.rl.upper import Cached, Upper, VoteLoss, scored
 from stateofgpt.text.chat import ChatFormat, Message
 from stateofgpt.text.tokenizer import Tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -17,10 +18,9 @@ from stateofgpt.infer.engine import Engine, Event, SamplingParams
 from stateofgpt.infer.score import score
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.heads import ValueModel
-from stateofgpt.rl.packed import together
+from stateofgpt.rl.packed import parts_of, together
 from stateofgpt.rl.rollout import (
     Rollouts,
-    _parts,
     _placed,
     drawn_logprobs,
     policy_logprobs,
@@ -246,24 +246,24 @@ def test_answers_to_one_prompt_in_one_row_give_what_each_gives_alone(valued: boo
 
 
 @pytest.mark.parametrize("tokens", [None, 1, 90, 10**6])
-def test_parts_of_siblings_hold_every_row_once_and_no_more_than_they_may(tokens: int | None) -> None:
-    turns = siblings(small_model(), per_prompt=4, long=9)
-    rollouts = rollouts_of(turns, TOKENIZER.pad)
-    parts = _parts(rollouts, 6, tokens)
-    assert sorted(row for part in parts for row in part.tolist()) == list(range(len(turns)))
+def test_parts_hold_every_row_once_and_no_more_than_they_may(tokens: int | None) -> None:
+    rng = random.Random(4)
+    same = [rng.randrange(6) for _ in range(40)]
+    prompts = [3 + 4 * number for number in same]
+    lengths = [n + rng.randint(1, 30) for n in prompts]
+    parts = parts_of(lengths, prompts, same, 6, tokens)
+    assert sorted(row for part in parts for row in part) == list(range(40))
     for part in parts:
-        chosen = rollouts.rows(part)
-        whole = together(chosen.ids, chosen.asked, chosen.prompts, chosen.ends + 1).packed.ids.numel() + len(part)
-        assert len(part) == 1 or (len(part) <= 6 if tokens is None else whole <= tokens + 2 * len(part))
-    if tokens == 10**6:
-        assert len(parts) == 1
-    if tokens == 1:
-        assert len(parts) == len(turns)
+        rows = [[0] * lengths[i] for i in part]
+        of_part = [torch.tensor([x[i] for i in part]) for x in (prompts, lengths)]
+        held = together(rows, [same[i] for i in part], *of_part).packed.ids.numel()
+        alone = len({same[i] for i in part}) == 1
+        assert len(part) == 1 or (len(part) <= 6 or alone if tokens is None else held <= tokens)
+    assert len(parts) == {1: 40, 10**6: 1}.get(tokens or 0, len(parts))
 
 
 def test_rows_that_are_to_be_apart_stay_apart() -> None:
     turns = siblings(small_model(), per_prompt=2, long=3)
     apart = rollouts_of(turns, TOKENIZER.pad, together=False)
     assert _placed(small_model(), apart, Way(fused=True)) is None
-    assert len(_parts(apart, 1, None)) == len(turns)
     assert _placed(small_model(), rollouts_of(turns, TOKENIZER.pad), Way()) is None

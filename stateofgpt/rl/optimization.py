@@ -35,7 +35,6 @@ from stateofgpt.rl.rollout import (
     sampled_logprobs,
 )
 from stateofgpt.rl.scoring import Scorer
-from stateofgpt.train.fused import knows
 from stateofgpt.train.loop import LoopConfig, Trainer
 from stateofgpt.train.loss import Batch, LanguageModelLoss, Way
 from stateofgpt.train.optim import OptimConfig
@@ -201,7 +200,7 @@ class Optimization(ABC):
     @property
     def together(self) -> bool:
         """Whether answers to one prompt go through the models in one row, so that it is computed once."""
-        return self.way.kernels is not None and knows(self.policy)
+        return self.way.fuses(self.policy)
 
     # ---- answers --------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A prompt and its K completions as one row, so that the prompt is computed once.
+"""How texts lie side by side in a batch; a prompt and its K completions as one row, so that it is computed once.
 
 Owns the layout. A completion's tokens see the prompt and their own completion; positions
 go on from the prompt's end in each of them, so that every hidden state is the one that the whole conversation alone
@@ -14,11 +14,30 @@ import torch
 from torch import Tensor
 
 from stateofgpt.data.comparisons import Ranking
-from stateofgpt.rl.reward_training import conversation_ids
-from stateofgpt.text.chat import ChatFormat
+from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.train.branches import Branches
 
 UNBOUNDED = 1 << 30
+
+
+def conversation_ids(chat: ChatFormat, prompt: Conversation, completion: Conversation, context: int) -> list[int]:
+    """What a reward model reads: the rendered whole, its oldest tokens dropped where it is longer than the context."""
+    ids = chat.render((*prompt, *completion)).ids
+    while ids and ids[-1] != chat.end:  # the model is read at the end of the last turn
+        ids.pop()
+    return ids[-context:]
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, limit: int | None = None) -> Tensor:
+    """Rows of ids as one tensor [n, longest], padded on the right.
+
+    The length is rounded up to a multiple of 16, though not beyond `limit`, the context of the model that reads it.
+    """
+    needed = max(len(row) for row in rows)
+    longest = -(-needed // 16) * 16
+    if limit is not None:
+        longest = max(needed, min(longest, limit))
+    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -110,26 +129,69 @@ class Placed:
         return columns + torch.where(columns < self.lengths[rows], self.prompts[rows], self.begins[rows])
 
 
-def together(ids: Tensor, same: Tensor, lengths: Tensor, ends: Tensor) -> Placed:
-    """Pack rows of `ids` [B, T], each of which counts up to `ends` [B]. Rows with the same number in `same` [B] begin
-    with the same prompt of `lengths` [B] tokens."""
+def together(rows: Sequence[Sequence[int]], same: Sequence[int], lengths: Tensor, ends: Tensor) -> Placed:
+    """Pack `rows`, each of which counts up to `ends` [B]. Rows with the same number in `same` begin with the same
+    prompt of `lengths` [B] ids."""
     families: dict[int, list[int]] = {}
-    for row, number in enumerate(same.tolist()):
+    for row, number in enumerate(same):
         families.setdefault(number, []).append(row)
     size, end = lengths.tolist(), ends.tolist()
-    rows = [
-        PackedRow(
-            tuple(ids[own[0], : size[own[0]]].tolist()), tuple(tuple(ids[b, size[b] : end[b]].tolist()) for b in own)
-        )
+    packed = batch([
+        PackedRow(tuple(rows[own[0]][: size[own[0]]]), tuple(tuple(rows[b][size[b] : end[b]]) for b in own))
         for own in families.values()
-    ]
-    packed = batch(rows, 0)
+    ], 0)  # fmt: skip
     width = packed.ids.shape[1]
     begins, prompts = torch.zeros_like(lengths), torch.zeros_like(lengths)
     for g, own in enumerate(families.values()):
         for b, (begin, _) in zip(own, packed.spans[g], strict=True):
             begins[b], prompts[b] = g * width + begin - size[b], g * width
     return Placed(packed, begins, prompts, lengths)
+
+
+def sizes_of(lengths: Sequence[int], tokens: int) -> list[int]:
+    """How many rows go together so that a part holds at most `tokens` with its padding, but one row at least.
+    `lengths` rise or fall."""
+    sizes: list[int] = []
+    longest = 0
+    for length in lengths:
+        longest = max(longest, length)
+        if sizes and (sizes[-1] + 1) * longest <= tokens:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+            longest = length
+    return sizes
+
+
+def parts_of(
+    lengths: Sequence[int], prompts: Sequence[int], same: Sequence[int], rows: int, tokens: int | None = None
+) -> list[list[int]]:
+    """The numbers of the rows of each part, where rows of like length go together: `rows` rows, or as many as hold
+    `tokens` with their padding, but one at least. `lengths` and `prompts` count the ids of whole rows and of their
+    prompts; rows with the same number in `same` have the same prompt, and stay together, it being counted once."""
+    families: list[list[int]] = []
+    sizes: list[int] = []
+    latest: dict[int, int] = {}
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        own = lengths[row] - prompts[row]
+        family = latest.get(same[row])
+        if family is None or (tokens is not None and sizes[family] + own > tokens):
+            family = latest[same[row]] = len(families)
+            families.append([])
+            sizes.append(prompts[row])
+        families[family].append(row)
+        sizes[family] += own
+    order = sorted(range(len(families)), key=lambda family: sizes[family])
+    chosen: list[list[int]] = []
+    if tokens is not None:
+        at = iter(order)
+        chosen = [[next(at) for _ in range(n)] for n in sizes_of([sizes[family] for family in order], tokens)]
+    else:
+        for family in order:
+            if not chosen or sum(len(families[f]) for f in [*chosen[-1], family]) > rows:
+                chosen.append([])
+            chosen[-1].append(family)
+    return [[row for family in part for row in families[family]] for part in chosen]
 
 
 def by_length(rows: Sequence[PackedRow], most_tokens: int) -> list[list[int]]:

@@ -17,9 +17,8 @@ from stateofgpt.assistant.session import Turn
 from stateofgpt.model.gpt import GPT
 from stateofgpt.model.heads import ValueModel
 from stateofgpt.rl.objective import chosen_logprobs, token_logprobs
-from stateofgpt.rl.packed import Placed, together
-from stateofgpt.rl.reward_training import pad, sizes_of
-from stateofgpt.train.fused import fits
+from stateofgpt.rl.packed import Placed, pad, parts_of, together
+from stateofgpt.train.fused import LONGEST
 from stateofgpt.train.loss import Way
 
 
@@ -140,9 +139,9 @@ def _sampled_hidden(model: GPT | ValueModel, rollouts: Rollouts, way: Way) -> tu
 def _placed(model: GPT | ValueModel, rollouts: Rollouts, way: Way) -> Placed | None:
     """Answers to one prompt in one row, where the fused pass computes them and there are fewer tokens so."""
     B, T = rollouts.mask.shape
-    if way.kernels is None or not fits(model, rollouts.inputs) or len(rollouts.asked.unique()) == B:
+    if not way.fuses(model) or T > LONGEST or len(rollouts.asked.unique()) == B:
         return None
-    placed = together(rollouts.ids, rollouts.asked, rollouts.prompts, rollouts.ends + 1)
+    placed = together(rollouts.ids.tolist(), rollouts.asked.tolist(), rollouts.prompts, rollouts.ends + 1)
     return placed if placed.packed.ids.numel() < B * T else None
 
 
@@ -154,42 +153,15 @@ def in_parts(
     go through it, and what a part gives is that of its rows alone."""
     B, T = rollouts.mask.shape
     outs: list[Tensor] = []
-    for index in _parts(rollouts, rows, tokens):
+    lengths, prompts = (rollouts.ends + 2).tolist(), rollouts.prompts.tolist()
+    for numbers in parts_of(lengths, prompts, rollouts.asked.tolist(), rows, tokens):
+        index = torch.tensor(numbers)
         parts = forward(rollouts.rows(index))
         if not outs:
             outs = [torch.zeros(B, T, device=part.device) for part in parts]
         for whole, part in zip(outs, parts, strict=True):
             whole[index.to(part.device, non_blocking=True), : part.shape[1]] = part
     return tuple(outs)
-
-
-def _parts(rollouts: Rollouts, rows: int, tokens: int | None) -> list[Tensor]:
-    """The numbers of the rows of each part."""
-    last, prompts = rollouts.ends.tolist(), rollouts.prompts.tolist()
-    families: list[list[int]] = []  # of rows that go together, and how long they are as one row
-    lengths: list[int] = []
-    latest: dict[int, int] = {}
-    for row in sorted(range(len(last)), key=lambda row: last[row]):
-        asked, own = int(rollouts.asked[row]), last[row] + 1 - prompts[row]
-        family = latest.get(asked)
-        if family is None or (tokens is not None and lengths[family] + own > tokens):
-            family = latest[asked] = len(families)
-            families.append([])
-            lengths.append(prompts[row] + 1)
-        families[family].append(row)
-        lengths[family] += own
-    order = sorted(range(len(families)), key=lambda family: lengths[family])
-    if tokens is not None:
-        sizes = sizes_of([lengths[family] for family in order], tokens)
-        cuts = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        chosen = [order[start:end] for start, end in zip([0, *cuts], cuts, strict=False)]
-    else:
-        chosen = [[]]
-        for family in order:
-            if chosen[-1] and sum(len(families[f]) for f in [*chosen[-1], family]) > rows:
-                chosen.append([])
-            chosen[-1].append(family)
-    return [torch.tensor([row for family in part for row in families[family]]) for part in chosen if part]
 
 
 def drawn_logprobs(turns: Sequence[Turn], rollouts: Rollouts) -> Tensor:

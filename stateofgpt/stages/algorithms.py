@@ -70,7 +70,7 @@ def scorer_of(
     tasks: Tasks,
     mean: float,
     std: float,
-    device: str = CPU,
+    way: Way,
 ) -> Scorer:
     """The reward model in a folder with its usual scores, or the tasks' own check."""
     if kind == "verified":
@@ -78,13 +78,14 @@ def scorer_of(
     if reward is None:
         raise RunError("this run has no finished reward stage; run `sog reward`, or give --rl.reward verified")
     return LearnedScorer(
-        load_reward(reward).to(device),
+        load_reward(reward).to(way.device),
         mean=mean,
         std=std,
         pad_id=chat.tokenizer.pad,
         end_id=chat.end,
         no_end_score=update.no_end_score,
         part_tokens=update.part_tokens,
+        way=way,
     )
 
 

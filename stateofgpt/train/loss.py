@@ -51,6 +51,10 @@ class Way:
     def torch_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
+    def fuses(self, model: fused_pass.Decoder) -> bool:
+        """Whether the fused kernels compute this model."""
+        return self.kernels is not None and fused_pass.knows(model)
+
     def hidden(self, model: fused_pass.Decoder, ids: Tensor, branches: Branches | None = None) -> Tensor:
         """Final hidden states [B, T, C] of `ids` [B, T]; what follows a document in its row is not seen by it."""
         if (found := self.kernels) is not None and fused_pass.fits(model, ids, branches):
