@@ -115,7 +115,7 @@ def optimization_of(
             cast(OfflineAlgorithm, algorithm), policy, reference, scorer, update, offline, pairs_of(rankings, chat),
             pad_id=pad_id, way=way,
         )  # fmt: skip
-    kept = logprobs or _logprobs(algorithm, way, temperature)
+    kept = logprobs or _logprobs(way, temperature)
     if algorithm == "ppo":
         learned = scorer.model if isinstance(scorer, LearnedScorer) else None
         value = value_of(start, learned, reward, lora, seed + 1, way.device)
@@ -128,12 +128,10 @@ def optimization_of(
     )  # fmt: skip
 
 
-def _logprobs(algorithm: Algorithm, way: Way, temperature: float) -> Logprobs:
+def _logprobs(way: Way, temperature: float) -> Logprobs:
     """The engine's where the updates are in float32 on the CPU and so compute the same numbers (elsewhere the engine is
-    in bfloat16), and where the entropy that is told can be estimated from them. PPO keeps computing them: runs made
-    before there was a choice end in the same bits."""
-    exact = way.dtype == "float32" and way.device == CPU
-    return "engine" if algorithm != "ppo" and exact and temperature == 1.0 else "training"
+    in bfloat16), and where the entropy that is told can be estimated from them."""
+    return "engine" if way.dtype == "float32" and way.device == CPU and temperature == 1.0 else "training"
 
 
 def rankings_of(run: Run, file: str | None) -> list[Ranking]:
