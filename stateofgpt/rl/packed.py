@@ -1,8 +1,8 @@
 """How texts lie side by side in a batch; a prompt and its K completions as one row, so that it is computed once.
 
-Owns the layout. A completion's tokens see the prompt and their own completion; positions
-go on from the prompt's end in each of them, so that every hidden state is the one that the whole conversation alone
-would give. Knows nothing of losses or files.
+Owns the layout, and which rows go through a model together. A completion's tokens see the prompt and their own
+completion; positions go on from the prompt's end in each of them, so that every hidden state is the one that the whole
+conversation alone would give. Knows nothing of losses or files.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, limit: int | None = None) ->
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Ids of a prompt, and of what follows it in each completion (at least one id)."""
+    """Ids of a prompt, and of what follows it in each completion."""
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
@@ -57,7 +57,8 @@ class PackedRow:
 
 
 def pack(chat: ChatFormat, ranking: Ranking, context: int) -> PackedRow:
-    """The row of a ranking: what its rendered conversations begin with alike is the prompt.
+    """The row of a ranking: what its rendered conversations begin with alike is the prompt, and at least one id of each
+    is not.
 
     Where the prompt and the longest completion exceed `context`, the oldest tokens are dropped, from all alike.
     """

@@ -19,7 +19,7 @@ from stateofgpt.rl.objective import pair_accuracy, ranked, ranking_loss
 from stateofgpt.rl.packed import PackedBatch, batch, pack, pad, parts_of, together
 from stateofgpt.text.chat import ChatFormat
 from stateofgpt.train.loop import LoopConfig
-from stateofgpt.train.loss import Way
+from stateofgpt.train.loss import PLAIN, Way
 from stateofgpt.train.optim import OptimConfig
 
 
@@ -114,7 +114,7 @@ def score_ids(
     at_once: int = 64,
     tokens: int | None = None,
     prompts: Sequence[int] | None = None,
-    way: Way = Way(),  # noqa: B008
+    way: Way = PLAIN,
 ) -> list[float]:
     """Raw scores of id rows, computed in float32, shortest first so that little is padding: `at_once` together, or as
     many as hold `tokens` with their padding. `prompts` is how many ids of each row are its prompt's; what the same
@@ -147,7 +147,7 @@ def score_rankings(
     model: RewardModel,
     chat: ChatFormat,
     rankings: Sequence[Ranking],
-    way: Way = Way(),  # noqa: B008
+    way: Way = PLAIN,
 ) -> list[list[float]]:
     """Raw scores of every completion of every ranking."""
     context = model.config.max_position_embeddings

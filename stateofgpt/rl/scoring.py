@@ -18,7 +18,7 @@ from stateofgpt.model.heads import RewardModel
 from stateofgpt.model.lora import switched_off
 from stateofgpt.rl.reward_training import score_ids
 from stateofgpt.text.chat import Conversation
-from stateofgpt.train.loss import Way
+from stateofgpt.train.loss import PLAIN, Way
 
 Check = Callable[[Problem, Conversation], float]  # the problem and the answer's messages -> 1 right .. 0 wrong
 
@@ -51,7 +51,7 @@ class LearnedScorer:
         end_id: int,
         no_end_score: float,
         part_tokens: int | None = None,
-        way: Way = Way(),  # noqa: B008
+        way: Way = PLAIN,
     ) -> None:
         self.model, self.mean, self.std, self.way = model, mean, std, way
         self.pad_id, self.end_id, self.no_end_score, self.part_tokens = pad_id, end_id, no_end_score, part_tokens

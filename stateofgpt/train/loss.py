@@ -70,6 +70,9 @@ class Way:
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
+PLAIN = Way()
+
+
 @dataclass(frozen=True)
 class Batch:
     """`ids`, `targets` [B, T] int64; `weights` [B, T] float32, 0 where a target does not count.
