@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 import time
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ from stateofgpt.train.loss import Way
 from stateofgpt.train.optim import OptimConfig
 
 LR, KL = 1e-5, 0.04
+WORDS = ["What", "is", "the", "answer", "Say", "a", "word", "or", "two", "about", "it"]
 NO_LR = 1e-9  # where turns end by the one number that all tokens share, the first step of 1e-5 unlearns it
 Sides = dict[str, Any]
 
@@ -58,9 +60,10 @@ def digits(text: str) -> float:
     return sum(c.isdigit() for c in text) / max(1, len(text))
 
 
-def question(i: int) -> Conversation:
-    """Prompt number i."""
-    return (Message("user", f"What is {137 * i + 12} + {59 * i + 7}?"),)
+def question(i: int, words: int = 0) -> Conversation:
+    """Prompt number i, after some made-up words of its own to read."""
+    drawn = random.Random(f"words {i}").choices(WORDS, k=words)
+    return (Message("user", " ".join([*drawn, f"What is {137 * i + 12} + {59 * i + 7}?"])),)
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> None:
@@ -75,7 +78,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
         num_key_value_heads=options.width // 64,
         head_dim=64,
         intermediate_size=3 * options.width,
-        max_position_embeddings=options.tokens + 64,
+        max_position_embeddings=options.tokens + 64 + 2 * options.words,
         tie_word_embeddings=not options.ends,
     )
     model = GPT(config)
@@ -144,7 +147,7 @@ class Ours:
     def draw(self, i: int) -> list[Turn]:
         """The answers of iteration i."""
         self.session.engine.refresh()  # type: ignore[attr-defined]
-        asked = [question(i * self.options.prompts + p) for p in range(self.options.prompts)]
+        asked = [question(i * self.options.prompts + p, self.options.words) for p in range(self.options.prompts)]
         params = SamplingParams(max_tokens=self.options.tokens, temperature=1.0, seed=i)
         return self.session.converse([q for q in asked for _ in range(self.options.samples)], params)
 
@@ -190,7 +193,7 @@ def theirs(folder: Path, options: argparse.Namespace, updates: int) -> Sides:
         return [digits(c[-1]["content"]) for c in completions]
 
     asked = [
-        {"prompt": [{"role": "user", "content": question(i)[0].content}]}
+        {"prompt": [{"role": "user", "content": question(i, options.words)[0].content}]}
         for i in range((updates + 1) * options.prompts)
     ]
     # with a fingerprint, so that none is made: datasets 5.2 cannot make one of a table of pyarrow 26
@@ -281,6 +284,7 @@ def main() -> None:
         "prompts": 16,
         "samples": 4,
         "tokens": 64,
+        "words": 0,
         "width": 320,
         "layers": 7,
         "vocab": 2048,

@@ -15,9 +15,11 @@ from stateofgpt.assistant.session import Turn
 from stateofgpt.model.heads import RewardModel, ValueModel
 from stateofgpt.rl.group import GroupConfig, GroupOptimization
 from stateofgpt.rl.optimization import Optimization, Told, UpdateConfig
+from stateofgpt.rl.packed import PackedRow
+from stateofgpt.rl.packed import batch as side_by_side
 from stateofgpt.rl.ppo import PPO
 from stateofgpt.rl.preference import Answer, OfflineConfig, Pair, PreferenceOptimization
-from stateofgpt.rl.reward_training import RankedBatch, RankingLoss, pad, score_ids
+from stateofgpt.rl.reward_training import RankedBatch, RankingLoss, score_ids
 from stateofgpt.rl.scoring import LearnedScorer
 from stateofgpt.stages.evaluate import mean_token_entropy
 from stateofgpt.train.loop import LoopConfig, Trainer
@@ -158,7 +160,8 @@ def test_resumed_on_another_device_it_goes_on_to_the_same_bits(twin: str) -> Non
 def test_a_reward_model_on_another_device_learns_and_scores_as_on_the_cpu(twin: str) -> None:
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(4, 32, (5 + i,), generator=generator).tolist() for i in range(12)]
-    batch = RankedBatch(pad(rows, PAD, 30), torch.tensor([[1, 2, 3, 4], [1, 1, 2, 0], [2, 2, 1, 3]]), torch.ones(3) / 5)
+    packed = side_by_side([PackedRow((5, 6), tuple(map(tuple, rows[i : i + 4]))) for i in (0, 4, 8)], PAD)
+    batch = RankedBatch(packed, torch.tensor([[1, 2, 3, 4], [1, 1, 2, 0], [2, 2, 1, 3]]), torch.ones(3) / 5)
     ends = []
     for device in ("cpu", twin):
         made = RewardModel(model(1), PAD).to(device)

@@ -67,7 +67,7 @@ def test_norm_and_rotation_of_queries_and_keys_are_the_models(
     qkv = drawn(B * T, (H + 2 * K) * D, dtype=dtype)
     gains = drawn(H + K, D, seed=1) + 1.0 if normed else None
     angles = torch.outer(torch.arange(T), 100.0 ** -(torch.arange(0, D, 2) / D))
-    tables = angles.cos().contiguous(), angles.sin().contiguous()
+    tables = angles.cos().contiguous(), angles.sin().contiguous(), None
     q, k, v, rstd = kernels.rope(qkv, gains, tables, sizes, 1e-6)
 
     (qkv_,) = reference(dtype, qkv)
@@ -87,6 +87,49 @@ def test_norm_and_rotation_of_queries_and_keys_are_the_models(
     close(dqkv, qkv_.grad, dtype)  # type: ignore[arg-type]
     if gains_ is not None:
         close(dgains, gains_.grad, dtype)  # type: ignore[arg-type]
+
+
+@PRECISIONS
+@pytest.mark.parametrize("gap", [0, 2])
+def test_softmax_sees_what_is_shared_and_has_no_column_for_what_nobody_sees(
+    kernels: Kernels, gap: int, dtype: torch.dtype
+) -> None:
+    """Two rows of eight tokens: the first three or two are a prompt, and the last three queries are in its branches."""
+    heads, start, rows, T = 2, 5, 3, 8
+    firsts = torch.tensor([[0, 0, 0, 3, 3, 5, 5, 7], [0, 0, 2, 2, 2, 5, 6, 6]], dtype=torch.int32)
+    shared = torch.tensor([[0, 0, 0, 3, 3, 3, 3, 3], [0, 0, 2, 2, 2, 2, 2, 2]], dtype=torch.int32)
+    keys = torch.tensor([0, 1, 2, *range(3 + gap, T)])
+    scores = drawn(2 * heads, rows, len(keys), dtype=dtype, scale=5.0)
+    (scores_,) = reference(dtype, scores)
+    query = torch.arange(start, start + rows)[:, None]
+    own = (keys >= firsts[:, start:, None]) & (keys <= query)
+    seen = (own | (keys < shared[:, start:, None])).repeat_interleave(heads, 0)
+    theirs = torch.softmax((scores_ * 0.5).masked_fill(~seen, -torch.inf), -1)
+    kernels.softmax_(scores, firsts, start, heads, 0.5, shared, gap)
+    close(scores, theirs, dtype)
+    assert not scores[~seen].any()
+
+    grad = drawn(2 * heads, rows, len(keys), seed=1, dtype=dtype)
+    theirs.backward(grad.float())
+    kernels.softmax_backward_(scores, grad, start - gap, 0.5)
+    close(grad, scores_.grad, dtype)  # type: ignore[arg-type]
+
+
+@PRECISIONS
+def test_rotation_by_positions_is_that_of_the_tables_rows(kernels: Kernels, dtype: torch.dtype) -> None:
+    sizes = B, T, H, K, D = 2, 6, 2, 1, 8
+    qkv = drawn(B * T, (H + 2 * K) * D, dtype=dtype)
+    angles = torch.outer(torch.arange(9), 100.0 ** -(torch.arange(0, D, 2) / D))
+    tables = angles.cos().contiguous(), angles.sin().contiguous()
+    positions = torch.tensor([[0, 1, 2, 3, 2, 3], [4, 5, 8, 0, 1, 2]])
+    q, k, v, rstd = kernels.rope(qkv, None, (*tables, positions), sizes, 1e-6)
+    dqkv, _ = kernels.rope_backward((q, k, v), qkv, None, (*tables, positions), rstd, sizes)
+    close(dqkv, qkv.float(), dtype)  # turned back by the same angles
+    for b, t in ((0, 4), (1, 2), (1, 5)):
+        at = int(positions[b, t])
+        row = qkv.view(B, T, -1)[b, t].view(1, -1)
+        alone = kernels.rope(row, None, (*(x[at : at + 1].contiguous() for x in tables), None), (1, 1, H, K, D), 1e-6)
+        assert torch.equal(q[b, :, t], alone[0][0, :, 0]) and torch.equal(k[b, :, t], alone[1][0, :, 0])
 
 
 @PRECISIONS

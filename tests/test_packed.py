@@ -15,8 +15,7 @@ from stateofgpt.model.heads import RewardModel
 from stateofgpt.model.lora import LoraConfig
 from stateofgpt.rl.features import compute, depths_of
 from stateofgpt.rl.linear import judged
-from stateofgpt.rl.packed import batch, by_length, pack
-from stateofgpt.rl.reward_training import conversation_ids
+from stateofgpt.rl.packed import batch, by_length, conversation_ids, pack
 from stateofgpt.rl.upper import Cached, Upper, VoteLoss, scored
 from stateofgpt.text.chat import ChatFormat, Message
 from stateofgpt.text.tokenizer import Tokenizer
@@ -103,12 +102,12 @@ def test_no_completion_sees_another() -> None:
     for b, spans in enumerate(packed.spans):
         begin = spans[0][0]
         for start, end in spans:
-            seen = packed.mask[b, 0, start:end]
+            seen = packed.branches.mask[b, 0, start:end]
             assert seen[:, :begin].all()
             own = torch.zeros(seen.shape[1], dtype=torch.bool)
             own[:begin], own[start:end] = True, True
             assert not seen[:, ~own].any()
-            assert packed.positions[b, start:end].tolist() == list(range(begin, begin + end - start))
+            assert packed.branches.positions[b, start:end].tolist() == list(range(begin, begin + end - start))
 
 
 def test_batches_hold_every_row_once_within_the_limit() -> None:

@@ -15,16 +15,14 @@ from stateofgpt.data.comparisons import Ranking
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.heads import RewardModel
 from stateofgpt.rl.objective import pair_accuracy
+from stateofgpt.rl.packed import conversation_ids, pad, sizes_of
 from stateofgpt.rl.reward_training import (
     RankedBatch,
     RankingLoss,
-    conversation_ids,
     held_out_accuracy,
-    pad,
     ranked_batch,
     score_ids,
     score_rankings,
-    sizes_of,
     step_order,
 )
 from stateofgpt.text.chat import ChatFormat, Message
@@ -92,7 +90,7 @@ def test_rows_as_long_as_an_odd_context_are_scored_and_learned_from() -> None:
     model = small_model()
     long = ranking("word " * 60, ["yes " * 8, "no " * 30], [1, 2])
     batch = ranked_batch(CHAT, [long], CONTEXT)
-    assert batch.ids.shape == (2, CONTEXT)
+    assert batch.packed.branches.longest == CONTEXT < batch.packed.ids.shape[1]
     assert RankingLoss(Way())(model, batch).isfinite()
     assert all(math.isfinite(s) for row in score_rankings(model, CHAT, [long]) for s in row)
 
@@ -101,11 +99,14 @@ def test_a_batch_has_each_prompt_s_completions_side_by_side() -> None:
     rankings = [ranking("a?", ["yes", "no"], [2, 1]), ranking("b?", ["42", "maybe", "no no"], [1, 2, 2])]
     batch = ranked_batch(CHAT, rankings, CONTEXT)
     assert batch.ranks.tolist() == [[2, 1, 0], [1, 2, 2]]  # 0: there is no third completion
-    rows = batch.ids.view(2, 3, -1)
+    width = batch.packed.ids.shape[1]
     for i, r in enumerate(rankings):
         for k, completion in enumerate(r.completions):
             ids = conversation_ids(CHAT, r.prompt, completion, CONTEXT)
-            assert rows[i, k].tolist() == ids + [TOKENIZER.pad] * (rows.shape[-1] - len(ids))
+            begin, end = batch.packed.spans[i][k]
+            assert batch.packed.ids[i, begin:end].tolist() == ids[begin - end :]
+            assert batch.ends[i, k] == i * width + end - 1
+    assert batch.ends[0, 2] == batch.ends[0, 1]  # what has no rank is read twice
 
 
 def loss_twin(model: RewardModel, rankings: Sequence[Ranking]) -> tuple[float, int]:
@@ -120,12 +121,13 @@ def loss_twin(model: RewardModel, rankings: Sequence[Ranking]) -> tuple[float, i
     return total, n
 
 
-def test_the_loss_is_that_of_the_pairs_one_by_one() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_loss_is_that_of_the_pairs_one_by_one(fused: bool) -> None:
     model, rankings = small_model(), some_rankings()
     total, n = loss_twin(model, rankings)
     batch = ranked_batch(CHAT, rankings, CONTEXT)
     assert batch.weight == n < len(rankings)  # some rank all alike
-    assert RankingLoss(Way())(model, batch).item() == pytest.approx(total, rel=1e-4)
+    assert RankingLoss(Way(fused=fused))(model, batch).item() == pytest.approx(total, rel=1e-4)
 
 
 @pytest.mark.parametrize("cuts", [(0, 7), (0, 3, 7), (0, 1, 5, 6, 7)])
@@ -157,6 +159,20 @@ def test_scores_come_in_the_order_asked_whatever_is_batched_together() -> None:
     for tokens in (1, 50, 10**6):
         assert score_ids(model, rows, TOKENIZER.pad, tokens=tokens) == pytest.approx(alone, abs=1e-4)
     assert score_ids(model, [], TOKENIZER.pad) == []
+
+
+@pytest.mark.parametrize("way", [Way(), Way(fused=True), Way("bfloat16", fused=True)])
+def test_texts_that_begin_with_the_same_prompt_score_as_alone(way: Way) -> None:
+    """Also where a row is cut so short that nothing of its prompt is left; in float32 whatever the way trains in."""
+    model = small_model()
+    rng = random.Random(0)
+    begins = [[rng.randrange(6, 300) for _ in range(n)] for n in (20, 3, 0)]
+    rows = [[*rng.choice(begins), *(rng.randrange(6, 300) for _ in range(rng.randint(1, 24)))] for _ in range(30)]
+    prompts = [max((len(b) for b in begins if row[: len(b)] == b), default=0) for row in rows]
+    alone = [model(torch.tensor([row])).item() for row in rows]
+    for tokens in (None, 1, 50, 10**6):
+        found = score_ids(model, rows, TOKENIZER.pad, 7, tokens=tokens, prompts=prompts, way=way)
+        assert found == pytest.approx(alone, abs=1e-4)
 
 
 def test_a_part_holds_no_more_tokens_than_asked_unless_one_row_does() -> None:

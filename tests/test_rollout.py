@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from stateofgpt.assistant.session import Session, Turn
 from stateofgpt.assistant.tools import Toolbox
@@ -16,9 +18,19 @@ from stateofgpt.infer.engine import Engine, Event, SamplingParams
 from stateofgpt.infer.score import score
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.heads import ValueModel
-from stateofgpt.rl.rollout import Rollouts, drawn_logprobs, policy_logprobs, rollouts_of, values
+from stateofgpt.rl.packed import parts_of, together
+from stateofgpt.rl.rollout import (
+    Rollouts,
+    _placed,
+    drawn_logprobs,
+    policy_logprobs,
+    rollouts_of,
+    sampled_logprobs,
+    values,
+)
 from stateofgpt.text.chat import ChatFormat, Message, ToolCall
 from stateofgpt.text.tokenizer import Tokenizer
+from stateofgpt.train import fused
 from stateofgpt.train.loss import Way
 
 TOKENIZER = Tokenizer.train(iter(["What is 12 + 30? calculator expression arguments name tool user"] * 20), 300)
@@ -145,7 +157,9 @@ def test_values_are_of_the_state_before_the_token() -> None:
     model = ValueModel(small_model())
     rollouts = rollouts_of([tool_turn()[0], *plain_turns(small_model())], TOKENIZER.pad)
     found = values(model, rollouts, Way())
-    for row, t in ((0, 20), (0, 55), (3, 24)):
+    for row in (0, 3):
+        drawn = rollouts.sampled[row].nonzero().flatten().tolist()
+        t = drawn[len(drawn) // 2]
         alone = model(rollouts.ids[row : row + 1, : t + 1])[0, -1]
         assert found[row, t].item() == pytest.approx(alone.item(), abs=1e-4)
 
@@ -186,3 +200,70 @@ def test_through_the_fused_kernels_it_is_the_same_numbers_and_gradients() -> Non
     gradients = [torch.autograd.grad(logprobs.sum(), list(model.parameters())) for logprobs, _ in (plain, fused)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max() + 1.0))
+
+
+def siblings(model: GPT, per_prompt: int = 7, long: int = 20) -> list[Turn]:
+    """Turns of which several answer the same, two of them with a tool between, and one that answers alone; the prompts
+    are of different lengths and so are the answers."""
+    session = Session(Engine(model, max_batch=8), CHAT, None)
+    asked = [(Message("user", "What is " + "12 + " * n + "30?"),) for n in (long, 1, 7)]
+    turns = [
+        turn
+        for i, lengths in enumerate([range(3, 3 + 11 * per_prompt, 11), range(1, 1 + per_prompt), [9]])
+        for n in lengths
+        for turn in session.converse([asked[i]], SamplingParams(max_tokens=n, seed=n))
+    ]
+    return [*turns, *[tool_turn()[0]] * 2]
+
+
+def through(model: GPT | ValueModel, rollouts: Rollouts, way: Way) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is found in the sampled places, and the gradients of a weighted sum of it."""
+    found = (values if isinstance(model, ValueModel) else sampled_logprobs)(model, rollouts, way)  # type: ignore[arg-type]
+    model.zero_grad()
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(7)) * rollouts.mask
+    (found * weights).sum().backward()  # type: ignore[no-untyped-call]
+    return found.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("valued", [False, True])
+@pytest.mark.parametrize("order", ["side by side", "mixed"])
+def test_answers_to_one_prompt_in_one_row_give_what_each_gives_alone(valued: bool, order: str) -> None:
+    """Log-probabilities or values, and every gradient, against rows that are apart and the plain forward pass."""
+    turns = siblings(small_model())
+    if order == "mixed":
+        turns = [turns[i] for i in torch.randperm(len(turns), generator=torch.Generator().manual_seed(1)).tolist()]
+    model = ValueModel(small_model()) if valued else small_model()
+    shared = rollouts_of(turns, TOKENIZER.pad)
+    placed = _placed(model, shared, Way(fused=True))
+    assert placed is not None and 2 * placed.packed.ids.numel() < shared.mask.numel()
+    assert max(gap for *_, gap in placed.packed.branches.blocks(fused.BLOCK)) > 0  # keys that nobody sees are left out
+    found, got = through(model, shared, Way(fused=True))
+    truth, wanted = through(model, rollouts_of(turns, TOKENIZER.pad, together=False), Way())
+    assert torch.allclose(found, truth, atol=1e-4)
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert float((got[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-5, name
+
+
+@pytest.mark.parametrize("tokens", [None, 1, 90, 10**6])
+def test_parts_hold_every_row_once_and_no_more_than_they_may(tokens: int | None) -> None:
+    rng = random.Random(4)
+    same = [rng.randrange(6) for _ in range(40)]
+    prompts = [3 + 4 * number for number in same]
+    lengths = [n + rng.randint(1, 30) for n in prompts]
+    parts = parts_of(lengths, prompts, same, 6, tokens)
+    assert sorted(row for part in parts for row in part) == list(range(40))
+    for part in parts:
+        rows = [[0] * lengths[i] for i in part]
+        of_part = [torch.tensor([x[i] for i in part]) for x in (prompts, lengths)]
+        held = together(rows, [same[i] for i in part], *of_part).packed.ids.numel()
+        alone = len({same[i] for i in part}) == 1
+        assert len(part) == 1 or (len(part) <= 6 or alone if tokens is None else held <= tokens)
+    assert len(parts) == {1: 40, 10**6: 1}.get(tokens or 0, len(parts))
+
+
+def test_rows_that_are_to_be_apart_stay_apart() -> None:
+    turns = siblings(small_model(), per_prompt=2, long=3)
+    apart = rollouts_of(turns, TOKENIZER.pad, together=False)
+    assert _placed(small_model(), apart, Way(fused=True)) is None
+    assert _placed(small_model(), rollouts_of(turns, TOKENIZER.pad), Way()) is None

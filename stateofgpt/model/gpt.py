@@ -248,7 +248,7 @@ class Trunk(nn.Module):
         block.
         """
         T = x.shape[1]
-        if self.cos.shape[0] < T:
+        if positions is None and self.cos.shape[0] < T:
             raise ConfigError(f"{T} tokens do not fit a context of {self.cos.shape[0]}")
         if self.embed_positions is not None:
             x = x + (self.embed_positions.weight[:T] if positions is None else self.embed_positions(positions))

@@ -57,7 +57,7 @@ def compute(
         packed = batch([rows[i] for i in chosen], pad_id).to(device)
         seen = _Seen(trunk.layers, depths, cut)
         with way.autocast():
-            trunk.run(trunk.embed_tokens(packed.ids), packed.mask, packed.positions, run_block=seen)
+            trunk.run(trunk.embed_tokens(packed.ids), packed.branches.mask, packed.branches.positions, run_block=seen)
             normed = [trunk.norm(x).float().cpu() for x in seen.after]
         before = None if seen.before is None else seen.before.to(torch.bfloat16).cpu()
         for b, i in enumerate(chosen):

@@ -80,6 +80,13 @@ class GroupOptimization(Optimization):
         self.normalise = normalise.get(algorithm, "token") if own.normalise is None else own.normalise
         self.accept = own.accept
 
+    def _shuffled(self, rows: int, order: torch.Generator) -> Tensor:
+        """Prompts in any order, the answers to each side by side, so that most of them are in one minibatch, where
+        their prompt is computed once."""
+        group = self.group if rows % self.group == 0 else 1  # of some algorithms not all answers are kept
+        first = torch.randperm(rows // group, generator=order) * group
+        return (first[:, None] + torch.arange(group)).flatten()
+
     def _experience(self, seen: Seen) -> Experience:
         if self.algorithm in ("best_of_n", "rejection"):
             kept = self._kept(seen.scores).nonzero().flatten()

@@ -197,6 +197,11 @@ class Optimization(ABC):
         """Where the models are."""
         return self.policy.lm_head.weight.device
 
+    @property
+    def together(self) -> bool:
+        """Whether answers to one prompt go through the models in one row, so that it is computed once."""
+        return self.way.fuses(self.policy)
+
     # ---- answers --------------------------------------------------------------------------------------------------
 
     def scores(self, turns: Sequence[Turn], problems: Sequence[Problem | None] = ()) -> Tensor:
@@ -210,7 +215,7 @@ class Optimization(ABC):
         With the engine's log-probabilities the entropy is estimated, by the mean of -log pi of what was drawn, unless
         an `exact` look is asked for.
         """
-        rollouts = rollouts_of(turns, self.pad_id)
+        rollouts = rollouts_of(turns, self.pad_id, self.together)
         there, mask = rollouts.to(self.device), rollouts.mask
         if self.logprobs == "engine" and not exact:
             logprobs = drawn_logprobs(turns, rollouts)
@@ -219,7 +224,7 @@ class Optimization(ABC):
             found = in_parts(lambda part: policy_logprobs(self.policy, part, self.way), there, AT_ONCE)
             logprobs, entropy = (x.cpu() for x in found)
         with switched_off(self.reference):  # where it is the policy without its adapters
-            reference, _ = in_parts(lambda part: policy_logprobs(self.reference, part, self.way), there, AT_ONCE)
+            (reference,) = in_parts(lambda part: (sampled_logprobs(self.reference, part, self.way),), there, AT_ONCE)
         reference, scores = reference.cpu(), self.scores(turns, problems).cpu()
         watched = {
             "proxy_reward": scores.mean().item(),
@@ -249,12 +254,16 @@ class Optimization(ABC):
         c, rows = self.config, experience.rollouts.ids.shape[0]
         told, updates = Told(self.told), 0
         for _ in range(c.epochs if rows else 0):
-            for index in torch.randperm(rows, generator=order).chunk(c.minibatches):
+            for index in self._shuffled(rows, order).chunk(c.minibatches):
                 updates += 1
                 extra = None if self.pretraining is None else self.pretraining(order)
                 self._learn(experience.rows(index), extra, told, factor)
         self._adapt(kl)
         return told.means(updates)
+
+    def _shuffled(self, rows: int, order: torch.Generator) -> Tensor:
+        """The numbers of all rows in the order in which they are learned from."""
+        return torch.randperm(rows, generator=order)
 
     def _learn(self, batch: Experience, extra: Batch | None, told: Told, factor: float) -> None:
         """One update."""

@@ -20,7 +20,7 @@ from stateofgpt.model.gpt import GPT
 from stateofgpt.model.lora import switched_off
 from stateofgpt.rl.offline import answer_logprobs, dpo_loss, ipo_loss, kto_loss, margins, mismatched_divergence
 from stateofgpt.rl.optimization import AT_ONCE, Experience, Optimization, Seen, Told, UpdateConfig
-from stateofgpt.rl.rollout import Rollouts, in_parts, laid_out, policy_logprobs
+from stateofgpt.rl.rollout import Rollouts, in_parts, laid_out, sampled_logprobs
 from stateofgpt.rl.scoring import Scorer
 from stateofgpt.text.chat import ChatFormat, Conversation
 from stateofgpt.train.loss import Way
@@ -146,9 +146,9 @@ class PreferenceOptimization(Optimization):
             rows += mismatched(pairs)
         context = self.policy.config.max_position_embeddings
         texts = [((*prompt, *answer.ids), (*[0] * len(prompt), *answer.mask)) for prompt, answer in rows]
-        answers = laid_out(texts, self.pad_id, context).to(self.device)
+        answers = laid_out(texts, self.pad_id, context, self.together).to(self.device)
         with switched_off(self.reference):  # where it is the policy without its adapters
-            reference, _ = in_parts(lambda part: policy_logprobs(self.reference, part, self.way), answers, AT_ONCE)
+            (reference,) = in_parts(lambda part: (sampled_logprobs(self.reference, part, self.way),), answers, AT_ONCE)
         return PairBatch(answers, self._of_answers(reference, answers.mask), len(pairs))
 
     def _of_answers(self, logprobs: Tensor, mask: Tensor) -> Tensor:

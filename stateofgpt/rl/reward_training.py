@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch import Tensor
 from stateofgpt.data.comparisons import Ranking
 from stateofgpt.model.heads import RewardModel
 from stateofgpt.rl.objective import pair_accuracy, ranked, ranking_loss
-from stateofgpt.text.chat import ChatFormat, Conversation
+from stateofgpt.rl.packed import PackedBatch, batch, pack, pad, parts_of, together
+from stateofgpt.text.chat import ChatFormat
 from stateofgpt.train.loop import LoopConfig
-from stateofgpt.train.loss import Way
+from stateofgpt.train.loss import PLAIN, Way
 from stateofgpt.train.optim import OptimConfig
 
 
@@ -40,10 +41,10 @@ class RewardTraining:
 
 @dataclass(frozen=True)
 class RankedBatch:
-    """`ids` [prompts * K, T] padded on the right; `ranks` [prompts, K], 0 where a prompt has fewer completions;
+    """Prompts, each packed with its completions; `ranks` [prompts, K], 0 where a prompt has fewer completions;
     `margins` [prompts], where there are any, are by how much a better answer has to score higher. On the CPU."""
 
-    ids: Tensor
+    packed: PackedBatch
     ranks: Tensor
     margins: Tensor | None = None
 
@@ -52,25 +53,15 @@ class RankedBatch:
         """Prompts with something to learn: those whose ranks are not all equal."""
         return float(ranked(self.ranks).sum())
 
-
-def conversation_ids(chat: ChatFormat, prompt: Conversation, completion: Conversation, context: int) -> list[int]:
-    """What a reward model reads: the rendered whole, its oldest tokens dropped where it is longer than the context."""
-    ids = chat.render((*prompt, *completion)).ids
-    while ids and ids[-1] != chat.end:  # the model is read at the end of the last turn
-        ids.pop()
-    return ids[-context:]
-
-
-def pad(rows: Sequence[Sequence[int]], pad_id: int, limit: int | None = None) -> Tensor:
-    """Rows of ids as one tensor [n, longest], padded on the right.
-
-    The length is rounded up to a multiple of 16, though not beyond `limit`, the context of the model that reads it.
-    """
-    needed = max(len(row) for row in rows)
-    longest = -(-needed // 16) * 16
-    if limit is not None:
-        longest = max(needed, min(longest, limit))
-    return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.int64)
+    @property
+    def ends(self) -> Tensor:
+        """[prompts, K], which of all places of the batch is each completion's last token; a prompt with fewer
+        completions has its last one again."""
+        most, width = self.ranks.shape[1], self.packed.ids.shape[1]
+        last = [[end - 1 for _, end in spans] for spans in self.packed.spans]
+        return torch.tensor(
+            [[b * width + row[min(k, len(row) - 1)] for k in range(most)] for b, row in enumerate(last)]
+        )
 
 
 def ranked_batch(
@@ -78,14 +69,9 @@ def ranked_batch(
 ) -> RankedBatch:
     """One batch of several prompts with all their completions; `margin` as in `RewardTraining`."""
     most = max(len(r.ranks) for r in rankings)
-    rows = [
-        conversation_ids(chat, r.prompt, r.completions[min(k, len(r.ranks) - 1)], context)
-        for r in rankings
-        for k in range(most)
-    ]
     ranks = torch.tensor([[*r.ranks, *[0] * (most - len(r.ranks))] for r in rankings])
     margins = None if margin is None else torch.tensor([margin * (r.margin or 0.0) for r in rankings])
-    return RankedBatch(pad(rows, chat.tokenizer.pad, context), ranks, margins)
+    return RankedBatch(batch([pack(chat, r, context) for r in rankings], chat.tokenizer.pad), ranks, margins)
 
 
 class RankingLoss:
@@ -98,11 +84,11 @@ class RankingLoss:
 
     def __call__(self, model: RewardModel, batch: RankedBatch) -> Tensor:
         device = model.score.weight.device
-        ids, ranks = batch.ids.to(device, non_blocking=True), batch.ranks.to(device, non_blocking=True)
+        packed, ranks = batch.packed.to(device), batch.ranks.to(device, non_blocking=True)
         margins = None if batch.margins is None else batch.margins.to(device, non_blocking=True)
-        hidden = self.way.hidden(model, ids)
+        hidden = self.way.hidden(model, packed.ids, packed.branches).flatten(0, 1)
         with self.way.autocast():
-            scores = model.read(hidden, ids).float().view(ranks.shape)
+            scores = model.score(hidden[batch.ends.to(device, non_blocking=True)]).squeeze(-1).float()
         self._seen.append((scores.detach(), batch.ranks))
         return ranking_loss(scores, ranks, margins) * batch.weight
 
@@ -120,48 +106,54 @@ def step_order(n: int, seed: int, per_step: int) -> list[list[int]]:
     return [order[i : i + per_step] for i in range(0, max(1, n - per_step + 1), per_step)]
 
 
-def sizes_of(lengths: Sequence[int], tokens: int) -> list[int]:
-    """How many rows go together so that a part holds at most `tokens` with its padding, but one row at least.
-    `lengths` rise or fall."""
-    sizes: list[int] = []
-    longest = 0
-    for length in lengths:
-        longest = max(longest, length)
-        if sizes and (sizes[-1] + 1) * longest <= tokens:
-            sizes[-1] += 1
-        else:
-            sizes.append(1)
-            longest = length
-    return sizes
-
-
 @torch.no_grad()
 def score_ids(
-    model: RewardModel, rows: Sequence[Sequence[int]], pad_id: int, at_once: int = 64, tokens: int | None = None
+    model: RewardModel,
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    at_once: int = 64,
+    tokens: int | None = None,
+    prompts: Sequence[int] | None = None,
+    way: Way = PLAIN,
 ) -> list[float]:
-    """Raw scores of id rows, computed in float32, longest first so that little is padding: `at_once` together, or as
-    many as hold `tokens` with their padding."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    device = model.score.weight.device
-    found: list[Tensor] = []
-    limit = model.config.max_position_embeddings
-    sizes = [at_once] * -(-len(rows) // at_once) if tokens is None else sizes_of([len(rows[i]) for i in order], tokens)
-    start = 0
-    for size in sizes:
-        chosen = order[start : start + size]
-        found.append(model(pad([rows[i] for i in chosen], pad_id, limit).to(device, non_blocking=True)))
-        start += size
+    """Raw scores of id rows, computed in float32, shortest first so that little is padding: `at_once` together, or as
+    many as hold `tokens` with their padding. `prompts` is how many ids of each row are its prompt's; what the same
+    prompt begins then goes together, where the fused pass of `way` can compute it."""
+    exact, device = replace(way, dtype="float32"), model.score.weight.device
+    known, lengths = dict[tuple[int, ...], int](), [len(row) for row in rows]
+    if prompts is None or not exact.fuses(model):
+        prompts, same = lengths, list(range(len(rows)))
+    else:
+        same = [known.setdefault(tuple(row[:n]), len(known)) for row, n in zip(rows, prompts, strict=True)]
     out = [0.0] * len(rows)
-    for i, score in zip(order, torch.cat(found).cpu().tolist() if found else (), strict=True):
-        out[i] = score
+    for part in parts_of(lengths, prompts, same, at_once, tokens):
+        chosen = [rows[i] for i in part]
+        ends = torch.tensor([lengths[i] for i in part])
+        if len({same[i] for i in part}) < len(part):
+            begins = torch.tensor([prompts[i] for i in part])
+            placed = together(chosen, [same[i] for i in part], begins, ends)
+            hidden = exact.hidden(model, placed.packed.ids, placed.packed.branches).flatten(0, 1)
+            read = hidden[placed.places(torch.arange(len(part)), ends - 1)]
+        else:
+            ids = pad(chosen, pad_id, model.config.max_position_embeddings).to(device, non_blocking=True)
+            places = torch.arange(len(part)).to(device), (ends - 1).to(device, non_blocking=True)
+            read = exact.hidden(model, ids)[places]
+        for i, score in zip(part, model.score(read).squeeze(-1).cpu().tolist(), strict=True):
+            out[i] = score
     return out
 
 
-def score_rankings(model: RewardModel, chat: ChatFormat, rankings: Sequence[Ranking]) -> list[list[float]]:
+def score_rankings(
+    model: RewardModel,
+    chat: ChatFormat,
+    rankings: Sequence[Ranking],
+    way: Way = PLAIN,
+) -> list[list[float]]:
     """Raw scores of every completion of every ranking."""
     context = model.config.max_position_embeddings
-    rows = [conversation_ids(chat, r.prompt, c, context) for r in rankings for c in r.completions]
-    flat = iter(score_ids(model, rows, chat.tokenizer.pad))
+    rows = [(row.prompt, tail) for row in (pack(chat, r, context) for r in rankings) for tail in row.completions]
+    whole, prompts = [[*prompt, *tail] for prompt, tail in rows], [len(prompt) for prompt, _ in rows]
+    flat = iter(score_ids(model, whole, chat.tokenizer.pad, prompts=prompts, way=way))
     return [[next(flat) for _ in r.completions] for r in rankings]
 
 

@@ -18,6 +18,7 @@ from stateofgpt.model.heads import RewardModel
 from stateofgpt.model.lora import switched_off
 from stateofgpt.rl.reward_training import score_ids
 from stateofgpt.text.chat import Conversation
+from stateofgpt.train.loss import PLAIN, Way
 
 Check = Callable[[Problem, Conversation], float]  # the problem and the answer's messages -> 1 right .. 0 wrong
 
@@ -50,15 +51,18 @@ class LearnedScorer:
         end_id: int,
         no_end_score: float,
         part_tokens: int | None = None,
+        way: Way = PLAIN,
     ) -> None:
-        self.model, self.mean, self.std = model, mean, std
+        self.model, self.mean, self.std, self.way = model, mean, std, way
         self.pad_id, self.end_id, self.no_end_score, self.part_tokens = pad_id, end_id, no_end_score, part_tokens
 
     def __call__(self, turns: Sequence[Turn], problems: Sequence[Problem | None] = ()) -> Tensor:
         context = self.model.config.max_position_embeddings
         with switched_off(self.model):  # where a value model has adapters on the same trunk
             rows = [[*t.prompt_ids, *t.ids][-context:] for t in turns]
-            raw = score_ids(self.model, rows, self.pad_id, tokens=self.part_tokens)
+            prompts = [max(0, len(row) - len(t.ids)) for row, t in zip(rows, turns, strict=True)]
+            tokens = self.part_tokens
+            raw = score_ids(self.model, rows, self.pad_id, tokens=tokens, prompts=prompts, way=self.way)
         normal = [(s - self.mean) / self.std for s in raw]
         stopped = [ended(t, self.end_id) for t in turns]
         return torch.tensor([s if end else self.no_end_score for s, end in zip(normal, stopped, strict=True)])

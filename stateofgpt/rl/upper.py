@@ -51,9 +51,10 @@ class Upper(nn.Module):
 
     def forward(self, x: Tensor, packed: PackedBatch) -> Tensor:
         """Scores of all completions of a batch, in order, from hidden states `x` [B, T, C] before the first block."""
-        cos, sin = (t[packed.positions][:, None].to(x.dtype) for t in (self.cos, self.sin))
+        cos, sin = (t[packed.branches.positions][:, None].to(x.dtype) for t in (self.cos, self.sin))
+        mask = packed.branches.mask
         for block in self.model.layers:  # type: ignore[union-attr]
-            x = block(x, cos, sin, packed.mask)
+            x = block(x, cos, sin, mask)
         ends = [(b, end - 1) for b, spans in enumerate(packed.spans) for _, end in spans]
         rows, places = (torch.tensor(side).to(x.device, non_blocking=True) for side in zip(*ends, strict=True))
         scores: Tensor = self.score(self.model.norm(x[rows, places])).squeeze(-1)  # type: ignore[operator]

@@ -70,7 +70,7 @@ def scorer_of(
     tasks: Tasks,
     mean: float,
     std: float,
-    device: str = CPU,
+    way: Way,
 ) -> Scorer:
     """The reward model in a folder with its usual scores, or the tasks' own check."""
     if kind == "verified":
@@ -78,13 +78,14 @@ def scorer_of(
     if reward is None:
         raise RunError("this run has no finished reward stage; run `sog reward`, or give --rl.reward verified")
     return LearnedScorer(
-        load_reward(reward).to(device),
+        load_reward(reward).to(way.device),
         mean=mean,
         std=std,
         pad_id=chat.tokenizer.pad,
         end_id=chat.end,
         no_end_score=update.no_end_score,
         part_tokens=update.part_tokens,
+        way=way,
     )
 
 
@@ -114,7 +115,7 @@ def optimization_of(
             cast(OfflineAlgorithm, algorithm), policy, reference, scorer, update, offline, pairs_of(rankings, chat),
             pad_id=pad_id, way=way,
         )  # fmt: skip
-    kept = logprobs or _logprobs(algorithm, way, temperature)
+    kept = logprobs or _logprobs(way, temperature)
     if algorithm == "ppo":
         learned = scorer.model if isinstance(scorer, LearnedScorer) else None
         value = value_of(start, learned, reward, lora, seed + 1, way.device)
@@ -127,12 +128,10 @@ def optimization_of(
     )  # fmt: skip
 
 
-def _logprobs(algorithm: Algorithm, way: Way, temperature: float) -> Logprobs:
+def _logprobs(way: Way, temperature: float) -> Logprobs:
     """The engine's where the updates are in float32 on the CPU and so compute the same numbers (elsewhere the engine is
-    in bfloat16), and where the entropy that is told can be estimated from them. PPO keeps computing them: runs made
-    before there was a choice end in the same bits."""
-    exact = way.dtype == "float32" and way.device == CPU
-    return "engine" if algorithm != "ppo" and exact and temperature == 1.0 else "training"
+    in bfloat16), and where the entropy that is told can be estimated from them."""
+    return "engine" if way.dtype == "float32" and way.device == CPU and temperature == 1.0 else "training"
 
 
 def rankings_of(run: Run, file: str | None) -> list[Ranking]:

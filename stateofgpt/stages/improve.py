@@ -225,7 +225,7 @@ class _Round:
                 "steps": steps,
                 "pair_accuracy": right / max(1, n),
                 "n": n,
-                **usual_score(model, self.chat, [*train[:32], *train[-32:]]),
+                **usual_score(model, self.chat, [*train[:32], *train[-32:]], self.way),
                 "simulated": False,
                 "before": before,
                 "after": after,
@@ -247,7 +247,7 @@ class _Round:
         """[pairs right, pairs] on people's comparisons (held out where some are) and on the old held-out rankings."""
         measured = {"comparisons": self.set.held_out or self.set.train, "replay_held_out": self.set.replay_held_out}
         return {
-            name: list(held_out_accuracy(score_rankings(model, self.chat, rankings), rankings))
+            name: list(held_out_accuracy(score_rankings(model, self.chat, rankings, self.way), rankings))
             for name, rankings in measured.items()
         }
 
@@ -332,7 +332,7 @@ class _Round:
     def _own_battles(self, own: Sequence[Conversation], answers: dict[str, list[Conversation]]) -> dict[str, Any]:
         rows = [Ranking(p, (b, a), (1, 2)) for p, b, a in zip(own, answers["before"], answers["after"], strict=True)]
         judge = load_reward(self.run.stage("reward").checkpoint).to(self.way.device)
-        scores = score_rankings(judge, self.chat, rows)
+        scores = score_rankings(judge, self.chat, rows, self.way)
 
         def prefer(i: int, a: Conversation, b: Conversation) -> float:
             before, after = scores[i]

@@ -72,6 +72,7 @@ def second_judge(run: Run, start: Path, rankings: Sequence[Ranking], chat: ChatF
         pad_id=chat.tokenizer.pad,
         end_id=chat.end,
         no_end_score=NO_END,
+        way=way,
     )
     return Judged(told, lambda problems, turns: [float(score) for score in scorer(turns, problems)])
 
@@ -86,7 +87,7 @@ def _train(run: Run, start: Path, rankings: Sequence[Ranking], chat: ChatFormat,
     others = read_rankings(seen)[:CHECKED] if seen.exists() else []
 
     def checked(model: RewardModel) -> dict[str, float]:
-        right, n = held_out_accuracy(score_rankings(model, chat, others), others)
+        right, n = held_out_accuracy(score_rankings(model, chat, others, way), others)
         return {"right": right, "n": n, "pair_accuracy": right / max(1, n)}
 
     stage = run.inside(FOLDER)

@@ -145,7 +145,7 @@ def _usual(config: Config, seed: int, asked: Questions, chat: ChatFormat, way: W
         if folder is not None:
             reward = load_reward(folder).to(way.device)
             context, part = reward.config.max_position_embeddings, config.rl.ppo.part_tokens
-            scores = score_ids(reward, [row[-context:] for row in rows], chat.tokenizer.pad, tokens=part)
+            scores = score_ids(reward, [row[-context:] for row in rows], chat.tokenizer.pad, tokens=part, way=way)
             found[name] = {"mean": fmean(scores), "std": pstdev(scores) or 1.0}
     return found
 
@@ -179,6 +179,7 @@ class _Prompted(rl.PolicyTraining):
             end_id=self.chat.end,
             no_end_score=self.config.ppo.no_end_score,
             part_tokens=self.config.ppo.part_tokens,
+            way=self.way,
         )
 
         def judge(problems: Sequence[Problem], turns: Sequence[Turn]) -> list[float]:

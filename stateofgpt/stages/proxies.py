@@ -63,7 +63,7 @@ def taught(
             metrics=told,
         )
         TrainState(stage.resume_dir).clear()
-        result = {**told, "steps": len(order), **usual_score(model, chat, usual[:USUAL])}
+        result = {**told, "steps": len(order), **usual_score(model, chat, usual[:USUAL], way)}
         stage.finish(result)
     return result
 

@@ -104,7 +104,7 @@ def learn(
     def log(step: int, metrics: dict[str, float]) -> None:
         extra = {}
         if step in looks:
-            right, pairs = held_out_accuracy(score_rankings(model, chat, held_out), held_out)
+            right, pairs = held_out_accuracy(score_rankings(model, chat, held_out, way), held_out)
             extra = {"val_accuracy": right / max(1, pairs)}
         if metrics:
             metrics = {**metrics, "accuracy": loss.accuracy()}
@@ -125,9 +125,9 @@ def learn(
     )
 
 
-def usual_score(model: RewardModel, chat: ChatFormat, rankings: Sequence[Ranking]) -> dict[str, float]:
+def usual_score(model: RewardModel, chat: ChatFormat, rankings: Sequence[Ranking], way: Way) -> dict[str, float]:
     """Mean and standard deviation of the scores of some completions: what reinforcement learning normalises by."""
-    scores = [score for row in score_rankings(model, chat, rankings) for score in row]
+    scores = [score for row in score_rankings(model, chat, rankings, way) for score in row]
     return {"mean": fmean(scores), "std": pstdev(scores) or 1.0}
 
 
@@ -226,14 +226,14 @@ class _RewardModelling:
     # ---- results --------------------------------------------------------------------------------------------------
 
     def _finish(self, model: RewardModel, train: list[Ranking], held_out: list[Ranking]) -> dict[str, Any]:
-        scores = score_rankings(model, self.chat, held_out)
+        scores = score_rankings(model, self.chat, held_out, self.way)
         right, pairs = held_out_accuracy(scores, held_out)
         result: dict[str, Any] = {
             "n_prompts": len(train),
             "n_pairs": sum(len(r.pairs()) for r in train),
             "pair_accuracy": right / max(1, pairs),
             "n": pairs,
-            **usual_score(model, self.chat, train[: min(USUAL, self.config.held_out_prompts)]),
+            **usual_score(model, self.chat, train[: min(USUAL, self.config.held_out_prompts)], self.way),
             "simulated": self.config.rankings is None,
         }
         if self.config.rankings is None:

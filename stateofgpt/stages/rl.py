@@ -169,7 +169,7 @@ class PolicyTraining:
         self.labeller = SimulatedLabeller(run.seed)
         self.way = way
         self.tasks = tasks or tasks_of(config.tasks, run.seed, config.prompts)
-        scorer = scorer_of(kind, reward, config.ppo, self.chat, self.tasks, mean, std, way.device)
+        scorer = scorer_of(kind, reward, config.ppo, self.chat, self.tasks, mean, std, way)
         self.optimization = optimization_of(
             algorithm, start, reward, scorer, config.ppo, self.chat, way,
             group=self.group, max_tokens=config.max_tokens, temperature=config.temperature,

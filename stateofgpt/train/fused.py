@@ -21,9 +21,10 @@ from torch import Tensor
 from stateofgpt.model.gpt import GPT, MLP, Attention, Block, GPTConfig, Trunk
 from stateofgpt.model.lora import adapters, effective_weight
 from stateofgpt.train import tiled
-from stateofgpt.train.kernels import Kernels
+from stateofgpt.train.attention import BLOCK, Queries, attend, attend_backward
+from stateofgpt.train.branches import Branches
+from stateofgpt.train.kernels import Kernels, Tables
 
-BLOCK = 128  # queries that attend together: what lies past them is never computed
 LOGITS = 1 << 21  # logits held at a time, or those of as many rows as the next line says, if these are more
 HEAD_ROWS = 512  # fewer rows at once spend more on adding up the head's gradient than on making it
 LONGEST = 1024  # tokens of context: attention keeps its probabilities, which grow with the square of this
@@ -35,8 +36,10 @@ class _Spec:
 
     kernels: Kernels
     sizes: tuple[int, int, int, int, int]  # B, T, H, K, D
-    tables: tuple[Tensor, Tensor]
+    tables: Tables
+    blocks: tuple[Queries, ...]
     firsts: Tensor | None
+    shared: Tensor | None
     eps: float
 
 
@@ -47,12 +50,17 @@ class Decoder(Protocol):
     model: Trunk
 
 
-def fits(model: Decoder, ids: Tensor) -> bool:
-    """Whether the fused pass can take this model and ids [B, T]; it knows no biases, and no dropout in adapters."""
+def knows(model: Decoder) -> bool:
+    """Whether the fused pass can compute this model; it knows no biases, and no dropout in adapters."""
     c = model.config
     known = c.arch in ("qwen3", "llama") and c.head_dim % 2 == 0 and not (c.attention_bias or c.mlp_bias)
-    known = known and not any(adapter.lora_dropout for adapter in adapters(model.model).values())
-    return known and ids.shape[1] <= LONGEST and ids.device.type == "cpu"
+    return known and not any(adapter.lora_dropout for adapter in adapters(model.model).values())
+
+
+def fits(model: Decoder, ids: Tensor, branches: Branches | None = None) -> bool:
+    """Whether the fused pass can take this model and ids [B, T]."""
+    longest = ids.shape[1] if branches is None else branches.longest
+    return knows(model) and longest <= LONGEST and ids.device.type == "cpu"
 
 
 def fused_loss(
@@ -68,7 +76,7 @@ def fused_loss(
 
     `firsts` [B, T] int32 is where each position's document begins: nothing before it is attended to.
     """
-    x, spec = _blocks(kernels, model, ids, dtype, firsts)
+    x, spec = _decoded(kernels, model, ids, dtype, firsts)
     norm, head, asked = model.model.norm.weight, model.lm_head.weight, (targets.reshape(-1), weights.reshape(-1))
     if tiled.fits_head(kernels, model.config, dtype):
         out: Tensor = tiled.TiledHead.apply(x, norm, head, *asked, spec)
@@ -77,23 +85,34 @@ def fused_loss(
     return out
 
 
-def fused_hidden(kernels: Kernels, model: Decoder, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def fused_hidden(
+    kernels: Kernels, model: Decoder, ids: Tensor, dtype: torch.dtype, branches: Branches | None = None
+) -> Tensor:
     """Final hidden states [B, T, C] of `ids` [B, T], after the last norm, in `dtype`."""
-    x, spec = _blocks(kernels, model, ids, dtype, None)
+    x, spec = _decoded(kernels, model, ids, dtype, None, branches)
     out: Tensor = _Norm.apply(x, model.model.norm.weight, spec)
     return out.view(*ids.shape, -1)
 
 
-def _blocks(
-    kernels: Kernels, model: Decoder, ids: Tensor, dtype: torch.dtype, firsts: Tensor | None
+def _decoded(
+    kernels: Kernels,
+    model: Decoder,
+    ids: Tensor,
+    dtype: torch.dtype,
+    firsts: Tensor | None,
+    branches: Branches | None = None,
 ) -> tuple[Tensor, _Spec]:
     """Everything from the embedding up to the final norm: [B T, C]."""
     c, trunk = model.config, model.model
     B, T = ids.shape
-    half = c.head_dim // 2
-    tables = (trunk.cos[:T, :half].contiguous(), trunk.sin[:T, :half].contiguous())
+    half, shared, positions = c.head_dim // 2, None, None
+    length, blocks = T, tuple(Queries(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK))
+    if branches is not None:
+        firsts, shared, positions, length = branches.firsts, branches.shared, branches.positions, branches.longest
+        blocks = tuple(Queries(*numbers) for numbers in branches.blocks(BLOCK))
+    tables = (trunk.cos[:length, :half].contiguous(), trunk.sin[:length, :half].contiguous(), positions)
     sizes = (B, T, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-    spec = _Spec(kernels, sizes, tables, firsts, c.rms_norm_eps)
+    spec = _Spec(kernels, sizes, tables, blocks, firsts, shared, c.rms_norm_eps)
     x = trunk.embed_tokens(ids).view(B * T, c.hidden_size).to(dtype)
     layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
     if tiled.fits(kernels, c, dtype):
@@ -153,7 +172,7 @@ class _Block(torch.autograd.Function):
         h, rstd = k.rmsnorm(x, norm_in, spec.eps)
         qkv = h @ qkv_w.t()
         q, key, v, rstd_qk = k.rope(qkv, gains, spec.tables, spec.sizes, spec.eps)
-        y, probs = _attend(q, key, v, spec)
+        y, probs = attend(q, key, v, spec)
         middle = torch.addmm(x, y, o_w.t())
         h_mlp, rstd_mlp = k.rmsnorm(middle, norm_mlp, spec.eps)
         gate_up = h_mlp @ gate_up_w.t()
@@ -175,7 +194,7 @@ class _Block(torch.autograd.Function):
         dout = dout.contiguous()
         dgate_up = k.swiglu_backward(dout @ down_w, gate_up)
         dmiddle, dnorm_mlp = k.rmsnorm_backward(dgate_up @ gate_up_w, middle, norm_mlp, rstd_mlp, dout)
-        grads = _attend_backward(dmiddle @ o_w, q, key, v, probs, spec)
+        grads = attend_backward(dmiddle @ o_w, q, key, v, probs, spec)
         dqkv, dgains = k.rope_backward(grads, qkv, gains, spec.tables, rstd_qk, spec.sizes)
         dx, dnorm_in = k.rmsnorm_backward(dqkv @ qkv_w, x, norm_in, rstd, dmiddle)
         return (
@@ -189,50 +208,6 @@ class _Block(torch.autograd.Function):
             None if gains is None else dgains,
             None,
         )
-
-
-def _attend(q: Tensor, key: Tensor, v: Tensor, spec: _Spec) -> tuple[Tensor, list[Tensor]]:
-    """Causal attention: y [B T, H D], and the probabilities of each block of queries."""
-    B, T, H, K, D = spec.sizes
-    out, probs = q.new_empty(B, T, H, D), []
-    keys, values = _per_query_head(key, H // K), _per_query_head(v, H // K)
-    queries = q.view(B * H, T, D)
-    for start in range(0, T, BLOCK):
-        end = min(start + BLOCK, T)
-        scores = torch.bmm(queries[:, start:end], keys[:, :end].mT)
-        spec.kernels.softmax_(scores, spec.firsts, start, H, D**-0.5)
-        probs.append(scores)
-        out[:, start:end] = torch.bmm(scores, values[:, :end]).view(B, H, end - start, D).transpose(1, 2)
-    return out.view(B * T, H * D), probs
-
-
-def _attend_backward(
-    dy: Tensor, q: Tensor, key: Tensor, v: Tensor, probs: list[Tensor], spec: _Spec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [B, H, T, D], keys and values [B, K, T, D]."""
-    B, T, H, K, D = spec.sizes
-    dy = dy.view(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
-    keys, values = _per_query_head(key, H // K), _per_query_head(v, H // K)
-    queries = q.view(B * H, T, D)
-    dq, dk, dv = torch.empty_like(queries), torch.zeros_like(queries), torch.zeros_like(queries)
-    for p, start in zip(probs, range(0, T, BLOCK), strict=True):
-        end = min(start + BLOCK, T)
-        own = dy[:, start:end]
-        dv[:, :end].baddbmm_(p.mT, own)
-        ds = torch.bmm(own, values[:, :end].mT)
-        spec.kernels.softmax_backward_(p, ds, start, D**-0.5)
-        dq[:, start:end] = torch.bmm(ds, keys[:, :end])
-        dk[:, :end].baddbmm_(ds.mT, queries[:, start:end])
-    grouped = (B, K, H // K, T, D)
-    if H != K:
-        dk, dv = dk.view(grouped).sum(2), dv.view(grouped).sum(2)
-    return dq.view(B, H, T, D), dk.view(B, K, T, D), dv.view(B, K, T, D)
-
-
-def _per_query_head(x: Tensor, group: int) -> Tensor:
-    """Keys or values [B, K, T, D] as [B H, T, D], repeated for the query heads that share them."""
-    B, K, T, D = x.shape
-    return x[:, :, None].expand(B, K, group, T, D).reshape(B * K * group, T, D)
 
 
 class _Norm(torch.autograd.Function):

@@ -30,6 +30,17 @@ static inline float exponential(float x) {
     return x < -87.0f ? 0.0f : (x != x ? x : p * two.f);
 }
 
+/* e[n] becomes exp((e - top) scale), and their sum is given back. */
+static inline float exponentials(float *e, int64_t n, float top, float scale) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum) /* without it two loops were vector code, and one that both writes and sums was not */
+    for (int64_t j = 0; j < n; j++) {
+        e[j] = exponential((e[j] - top) * scale);
+        sum += e[j];
+    }
+    return sum;
+}
+
 typedef uint16_t bfloat16;
 
 static inline float from_bfloat16(bfloat16 v) {

@@ -86,14 +86,15 @@ static inline void NAME(rope_row)(const REAL *x, const float *gains, const float
     for (int64_t h = 0; h < K; h++) memcpy(v + h * step, x + h * D, sizeof(REAL) * D);
 }
 
-/* From qkv [B * T, (H + 2 K) D] to q [B, H, T, D], k and v [B, K, T, D]. cosines, sines [T, D / 2]; rstd [B * T, H + K]. */
-void NAME(rope_forward)(const REAL *qkv, const float *gains, const float *cosines, const float *sines, REAL *q, REAL *k,
-                        REAL *v, float *rstd, int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, float eps,
-                        int threads) {
+/* From qkv [B * T, (H + 2 K) D] to q [B, H, T, D], k and v [B, K, T, D]. cosines, sines [positions, D / 2]; `positions`
+   [B, T] replace 0, 1, 2 ... where they are not null; rstd [B * T, H + K]. */
+void NAME(rope_forward)(const REAL *qkv, const float *gains, const float *cosines, const float *sines,
+                        const int64_t *positions, REAL *q, REAL *k, REAL *v, float *rstd, int64_t B, int64_t T, int64_t H,
+                        int64_t K, int64_t D, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < B * T; n++) {
-        const int64_t b = n / T, t = n % T, own = (b * K * T + t) * D;
-        NAME(rope_row)(qkv + n * (H + 2 * K) * D, gains, cosines + t * (D / 2), sines + t * (D / 2),
+        const int64_t b = n / T, t = n % T, own = (b * K * T + t) * D, at = (positions ? positions[n] : t) * (D / 2);
+        NAME(rope_row)(qkv + n * (H + 2 * K) * D, gains, cosines + at, sines + at,
                        q + (b * H * T + t) * D, k + own, v + own, T * D, rstd + n * (H + K), H, K, D, eps);
     }
 }
@@ -136,54 +137,59 @@ static inline void NAME(rope_row_backward)(const REAL *dq, const REAL *dk, const
 
 /* The same for all tokens, shapes as in rope_forward. partial [threads, (H + K) D]. */
 void NAME(rope_backward)(const REAL *dq, const REAL *dk, const REAL *dv, const REAL *qkv, const float *gains,
-                         const float *cosines, const float *sines, const float *rstd, REAL *dqkv, float *partial,
-                         int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, int threads) {
+                         const float *cosines, const float *sines, const int64_t *positions, const float *rstd,
+                         REAL *dqkv, float *partial, int64_t B, int64_t T, int64_t H, int64_t K, int64_t D,
+                         int threads) {
 #pragma omp parallel num_threads(threads)
     {
         int64_t first, last;
         float *dgains = partial + share(B * T, &first, &last) * (H + K) * D;
         for (int64_t n = first; n < last; n++) {
             const int64_t b = n / T, t = n % T, own = (b * K * T + t) * D, row = n * (H + 2 * K) * D;
-            NAME(rope_row_backward)(dq + (b * H * T + t) * D, dk + own, dv + own, T * D, qkv + row, gains,
-                                    cosines + t * (D / 2), sines + t * (D / 2), rstd + n * (H + K), dqkv + row, dgains,
-                                    H, K, D);
+            const int64_t at = (positions ? positions[n] : t) * (D / 2);
+            NAME(rope_row_backward)(dq + (b * H * T + t) * D, dk + own, dv + own, T * D, qkv + row, gains, cosines + at,
+                                    sines + at, rstd + n * (H + K), dqkv + row, dgains, H, K, D);
         }
     }
 }
 
-/* e[n] = exp((x - top) scale), top being the largest of x; their sum, and the top where it is asked for. */
-static inline float NAME(exponentials)(const REAL *x, float *e, int64_t n, float scale, float *largest) {
-    float top = -INFINITY, sum = 0.0f;
+/* e[n] = x as float; the largest of x and of `top`. */
+static inline float NAME(largest)(const REAL *x, float *e, int64_t n, float top) {
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < n; j++) {
         e[j] = LOAD(x[j]);
         top = e[j] > top ? e[j] : top;
     }
-    for (int64_t j = 0; j < n; j++) e[j] = exponential((e[j] - top) * scale);
-    for (int64_t j = 0; j < n; j++) sum += e[j];
-    if (largest) *largest = top;
-    return sum;
+    return top;
 }
 
-/* Softmax of one row over keys first..t of scores [width] times `scale`, in place; all others become 0. e [width]. */
-static inline void NAME(softmax_row)(REAL *s, float *e, int64_t first, int64_t t, int64_t width, float scale) {
-    const float inverse = 1.0f / NAME(exponentials)(s + first, e, t + 1 - first, scale, NULL);
-    for (int64_t j = first; j <= t; j++) s[j] = STORE(e[j - first] * inverse);
-    memset(s, 0, sizeof(REAL) * first);
-    memset(s + t + 1, 0, sizeof(REAL) * (width - t - 1));
+/* Softmax of one row of scores [width] times `scale`, in place, over the keys 0..before-1 and first..end-1; all others
+   become 0. e [width]. */
+static inline void NAME(softmax_row)(REAL *s, float *e, int64_t before, int64_t first, int64_t end, int64_t width,
+                                     float scale) {
+    const float top = NAME(largest)(s + first, e + before, end - first, NAME(largest)(s, e, before, -INFINITY));
+    const float inverse = 1.0f / exponentials(e, before + end - first, top, scale);
+    for (int64_t j = 0; j < before; j++) s[j] = STORE(e[j] * inverse);
+    for (int64_t j = first; j < end; j++) s[j] = STORE(e[before + j - first] * inverse);
+    memset(s + before, 0, sizeof(REAL) * (first - before));
+    memset(s + end, 0, sizeof(REAL) * (width - end));
 }
 
-/* The same for scores [n, width]; row i is the query at t = from + i % rows. `firsts` [batch, T] is where each position's
-   document begins, or null; `per_batch` rows share one batch row. */
-void NAME(softmax_forward)(REAL *scores, const int32_t *firsts, int64_t n, int64_t rows, int64_t width, int64_t from,
-                           int64_t per_batch, int64_t T, float scale, int threads) {
+/* The same for scores [n, width]. Row i is the query at place t = from + i % rows of its row of tokens. It sees the keys
+   firsts[t]..t, or 0..t where `firsts` [batch, T] is null, and before these the first shared[t] keys, where `shared`
+   [batch, T] is not null. `gap` keys that no query here sees have no column, and what is shared lies before them.
+   `per_batch` rows share one batch row. */
+void NAME(softmax_forward)(REAL *scores, const int32_t *firsts, const int32_t *shared, int64_t n, int64_t rows,
+                           int64_t width, int64_t from, int64_t gap, int64_t per_batch, int64_t T, float scale,
+                           int threads) {
 #pragma omp parallel num_threads(threads)
     {
         float *e = malloc(sizeof(float) * width);
 #pragma omp for schedule(static, 16)
         for (int64_t i = 0; i < n; i++) {
-            const int64_t t = from + i % rows, first = firsts ? firsts[i / per_batch * T + t] : 0;
-            NAME(softmax_row)(scores + i * width, e, first, t, width, scale);
+            const int64_t t = from + i % rows, place = i / per_batch * T + t;
+            NAME(softmax_row)(scores + i * width, e, shared ? shared[place] : 0, firsts ? firsts[place] - gap : 0,
+                              t - gap + 1, width, scale);
         }
         free(e);
     }
@@ -236,9 +242,8 @@ void NAME(swiglu_backward)(const REAL *dout, const REAL *x, REAL *dx, int64_t n,
 /* Weighted cross-entropy of one row of logits [c]: weight w times (log sum exp - logit of the target); and the logits
    become their gradient. e [c]. */
 static inline float NAME(cross_entropy_row)(REAL *x, int64_t target, float w, float *e, int64_t c, int with_gradient) {
-    const float own = LOAD(x[target]);
-    float top;
-    const float sum = NAME(exponentials)(x, e, c, 1.0f, &top), k = w / sum;
+    const float own = LOAD(x[target]), top = NAME(largest)(x, e, c, -INFINITY), sum = exponentials(e, c, top, 1.0f);
+    const float k = w / sum;
     if (with_gradient) {
         for (int64_t j = 0; j < c; j++) x[j] = STORE(e[j] * k);
         x[target] = STORE(e[target] * k - w);

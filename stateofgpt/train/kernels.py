@@ -36,6 +36,10 @@ Lists = Sequence[Tensor]
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+# cosines and sines [positions, D / 2], and the positions [B, T] int64 where they are not 0, 1, 2 ...
+Tables = tuple[Tensor, Tensor, Tensor | None]
+
+
 class Kernels:
     """The loaded library. Tensors must be contiguous, on the CPU, and of the shapes that `kernels.h` names."""
 
@@ -43,7 +47,7 @@ class Kernels:
         self._library = library
 
     def _call(self, name: str, *values: Tensor | int | float | ctypes.Array[Any] | None) -> None:
-        """Call one function: tensors and arrays by address, whole numbers as int64, fractions as float, None as a null."""
+        """Call one function: tensors and arrays by address, whole numbers as int64, fractions as float, None as null."""
         words: list[object] = []
         for value in values:
             if isinstance(value, Tensor):
@@ -74,10 +78,10 @@ class Kernels:
         return dx, partial.sum(0)
 
     def rope(
-        self, qkv: Tensor, gains: Tensor | None, tables: tuple[Tensor, Tensor], sizes: tuple[int, ...], eps: float
+        self, qkv: Tensor, gains: Tensor | None, tables: Tables, sizes: tuple[int, ...], eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries [B, H, T, D], keys and values [B, K, T, D] of `qkv` [B T, (H + 2K) D], normalised and rotated, and
-        1 / rms of each head. `sizes` is (B, T, H, K, D), `tables` cosines and sines [T, D / 2]."""
+        1 / rms of each head. `sizes` is (B, T, H, K, D)."""
         B, T, H, K, D = sizes
         q, k, v = qkv.new_empty(B, H, T, D), qkv.new_empty(B, K, T, D), qkv.new_empty(B, K, T, D)
         rstd = torch.empty(B * T, H + K)
@@ -90,7 +94,7 @@ class Kernels:
         grads: tuple[Tensor, Tensor, Tensor],
         qkv: Tensor,
         gains: Tensor | None,
-        tables: tuple[Tensor, Tensor],
+        tables: Tables,
         rstd: Tensor,
         sizes: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
@@ -102,17 +106,29 @@ class Kernels:
         )  # fmt: skip
         return dqkv, partial.sum(0)
 
-    def softmax_(self, scores: Tensor, firsts: Tensor | None, start: int, heads: int, scale: float) -> None:
+    def softmax_(
+        self,
+        scores: Tensor,
+        firsts: Tensor | None,
+        start: int,
+        heads: int,
+        scale: float,
+        shared: Tensor | None = None,
+        gap: int = 0,
+    ) -> None:
         """Causal softmax in place. `scores` [B * heads, R, W]: the row r of W keys is the query at start + r; `heads`
         rows of the first dimension belong to one row of `firsts` [B, T] int32, where each position's document begins.
-        """
+        Of `shared` [B, T] int32 keys at the row's beginning each position sees them too; W leaves out the `gap` keys
+        after those that no query here sees."""
         n, rows, width = scores.shape
         T = firsts.shape[1] if firsts is not None else 0
         name = f"softmax_forward_{SUFFIX[scores.dtype]}"
-        self._call(name, scores, firsts, n * rows, rows, width, start, heads * rows, T, float(scale))
+        sizes = (n * rows, rows, width, start, gap, heads * rows, T)
+        self._call(name, scores, firsts, shared, *sizes, float(scale))
 
     def softmax_backward_(self, probs: Tensor, grad: Tensor, start: int, scale: float) -> None:
-        """`grad` of the probabilities becomes that of the scores, in place; shapes as in `softmax_`."""
+        """`grad` of the probabilities becomes that of the scores, in place; shapes as in `softmax_`, `start` less its
+        gap."""
         n, rows, width = probs.shape
         name = f"softmax_backward_{SUFFIX[probs.dtype]}"
         self._call(name, probs, grad, n * rows, rows, width, start, float(scale))
@@ -147,7 +163,7 @@ class Kernels:
         norm: Tensor,
         weights: Sequence[Tensor],
         gains: Tensor | None,
-        tables: tuple[Tensor, Tensor],
+        tables: Tables,
         sizes: tuple[int, ...],
         eps: float,
     ) -> tuple[Tensor, ...]:
@@ -169,7 +185,7 @@ class Kernels:
         norm: Tensor,
         weights: Sequence[Tensor],
         gains: Tensor | None,
-        tables: tuple[Tensor, Tensor],
+        tables: Tables,
         kept: tuple[Tensor, Tensor, Tensor],
         sizes: tuple[int, ...],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -187,8 +203,8 @@ class Kernels:
     def leave_block(
         self, y: Tensor, x: Tensor, norm: Tensor, weights: Sequence[Tensor], eps: float
     ) -> tuple[Tensor, ...]:
-        """The block's output of its attention `y` [N, A] and its input `x` [N, C]; and what the way back needs: what lies
-        between attention and feed-forward, its 1 / rms, gate and up. `weights` are those of output, gate, up, down."""
+        """The block's output of its attention `y` [N, A] and its input `x` [N, C]; and for the way back what lies between
+        attention and feed-forward, its 1 / rms, gate and up. `weights` are those of output, gate, up and down."""
         (n, c), inner = x.shape, weights[-1].shape[1]
         middle, out, rstd, gate_up = torch.empty_like(x), torch.empty_like(x), torch.empty(n), x.new_empty(n, 2 * inner)
         name = f"leave_block_{SUFFIX[x.dtype]}"
@@ -213,7 +229,7 @@ class Kernels:
         self, q: Tensor, k: Tensor, v: Tensor, firsts: Tensor | None, sizes: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
         """Causal attention [B T, H D] of q [B, H, T, D] over k and v [B, K, T, D], and its probabilities."""
-        B, T, H, K, D = sizes
+        B, T, H, _, D = sizes
         ends = [min(start + TOKENS, T) for start in range(0, T, TOKENS)]
         size = sum((end - start) * -(-end // 32) * 32 for start, end in zip(range(0, T, TOKENS), ends, strict=True))
         probs, y = q.new_empty(B * H, size), q.new_empty(B * T, H * D)
@@ -244,10 +260,16 @@ class Kernels:
         return losses, dx, sums[: vocab * c].view(vocab, c), sums[-c:]
 
     def adamw(
-        self, params: Lists, grads: Lists, firsts: Lists, seconds: Lists, decays: Sequence[float], rates: Sequence[float]
+        self,
+        params: Lists,
+        grads: Lists,
+        firsts: Lists,
+        seconds: Lists,
+        decays: Sequence[float],
+        rates: Sequence[float],
     ) -> None:
-        """One step on `params`, float32, in place; `decays` are the weight decays of each, `rates` lr, beta1, beta2, eps,
-        1 - beta1^t, 1 - beta2^t, and the factor of the gradients."""
+        """One step on `params`, float32, in place; `decays` are the weight decays of each, `rates` lr, beta1, beta2,
+        eps, 1 - beta1^t, 1 - beta2^t, and the factor of the gradients."""
         n = len(params)
         lists = [(ctypes.c_void_p * n)(*(x.data_ptr() for x in xs)) for xs in (params, grads, firsts, seconds)]
         sizes, shrink = (ctypes.c_int64 * n)(*(x.numel() for x in params)), (ctypes.c_float * n)(*decays)

@@ -19,6 +19,7 @@ from stateofgpt.model.device import CPU
 from stateofgpt.model.gpt import GPT
 from stateofgpt.train import fused as fused_pass
 from stateofgpt.train import head, kernels
+from stateofgpt.train.branches import Branches
 from stateofgpt.train.kernels import Kernels
 
 Dtype = Literal["float32", "bfloat16"]
@@ -50,18 +51,26 @@ class Way:
     def torch_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
-    def hidden(self, model: fused_pass.Decoder, ids: Tensor) -> Tensor:
+    def fuses(self, model: fused_pass.Decoder) -> bool:
+        """Whether the fused kernels compute this model."""
+        return self.kernels is not None and fused_pass.knows(model)
+
+    def hidden(self, model: fused_pass.Decoder, ids: Tensor, branches: Branches | None = None) -> Tensor:
         """Final hidden states [B, T, C] of `ids` [B, T]; what follows a document in its row is not seen by it."""
-        if (found := self.kernels) is not None and fused_pass.fits(model, ids):
-            return fused_pass.fused_hidden(found, model, ids, self.torch_dtype)
+        if (found := self.kernels) is not None and fused_pass.fits(model, ids, branches):
+            return fused_pass.fused_hidden(found, model, ids, self.torch_dtype, branches)
         with self.autocast():
-            out: Tensor = model.model(ids)
+            seen = (None, None) if branches is None else (branches.mask, branches.positions)
+            out: Tensor = model.model(ids, *seen)
         return out
 
     def autocast(self) -> torch.autocast:
         """Torch's automatic choice of precision, for what is not fused."""
         kind = torch.device(self.device).type
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+
+PLAIN = Way()
 
 
 @dataclass(frozen=True)

@@ -16,23 +16,18 @@ import torch
 from torch import Tensor
 
 from stateofgpt.model.gpt import GPTConfig
-from stateofgpt.train.kernels import Kernels
+from stateofgpt.train.attention import Attended, attend, attend_backward
+from stateofgpt.train.kernels import Kernels, Tables
 
 WIDEST = 256  # hidden numbers: past this torch's products take less time
 MOST_HEAD = 1 << 20  # weights of a head: each thread sums their gradient apart
 
 
-class Spec(Protocol):
-    """What all blocks share: sizes are B, T, H, K, D; tables cosines and sines [T, D / 2]."""
+class Spec(Attended, Protocol):
+    """What all blocks share."""
 
     @property
-    def kernels(self) -> Kernels: ...
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int]: ...
-    @property
-    def tables(self) -> tuple[Tensor, Tensor]: ...
-    @property
-    def firsts(self) -> Tensor | None: ...
+    def tables(self) -> Tables: ...
     @property
     def eps(self) -> float: ...
 
@@ -58,19 +53,31 @@ class TiledBlock(torch.autograd.Function):
     ) -> Tensor:
         k = spec.kernels
         q, key, v, qkv, *rstd = k.enter_block(x, norm_in, weights[:3], gains, spec.tables, spec.sizes, spec.eps)
-        y, probs = k.attend(q, key, v, spec.firsts, spec.sizes)
+        if spec.shared is None:
+            y, *probs = k.attend(q, key, v, spec.firsts, spec.sizes)
+        else:
+            y, probs = attend(q, key, v, spec)
         out, *rest = k.leave_block(y, x, norm_mlp, weights[3:], spec.eps)
         ctx.spec = spec
-        ctx.save_for_backward(x, norm_in, norm_mlp, gains, *weights, q, key, v, qkv, *rstd, y, probs, *rest)
+        ctx.save_for_backward(x, norm_in, norm_mlp, gains, *weights, q, key, v, qkv, *rstd, y, *rest, *probs)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_in, norm_mlp, gains, *kept = ctx.saved_tensors
-        into, rest, (q, key, v, qkv, rstd, rstd_qk, y, probs) = kept[:3], kept[3:7], kept[7:15]
+        into, rest, (q, key, v, qkv, rstd, rstd_qk), left, probs = (
+            kept[:3],
+            kept[3:7],
+            kept[7:13],
+            kept[13:17],
+            kept[17:],
+        )
         k, sizes, tables = ctx.spec.kernels, ctx.spec.sizes, ctx.spec.tables
-        dmiddle, dy, (*of_rest, dnorm_mlp) = k.leave_block_backward(dout.contiguous(), norm_mlp, rest, (y, *kept[15:]))
-        grads = k.attend_backward(dy, q, key, v, probs, sizes)
+        dmiddle, dy, (*of_rest, dnorm_mlp) = k.leave_block_backward(dout.contiguous(), norm_mlp, rest, left)
+        if ctx.spec.shared is None:
+            grads = k.attend_backward(dy, q, key, v, probs[0], sizes)
+        else:
+            grads = tuple(x.contiguous() for x in attend_backward(dy, q, key, v, probs, ctx.spec))
         dx, (*of_into, dnorm_in, dgains) = k.enter_block_backward(
             grads, dmiddle, x, norm_in, into, gains, tables, (rstd, qkv, rstd_qk), sizes
         )

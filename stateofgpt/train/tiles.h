@@ -38,9 +38,9 @@ static void NAME(round_qkv)(const float *q, const float *k, const float *v, int6
 /* Into a block: x [B T, C] normalised, times the transposed weights of q, k and v, to q, k and v as in rope_forward.
    Kept: qkv, both rstd. */
 void NAME(enter_block)(const REAL *x, const float *norm, const float *q_w, const float *k_w, const float *v_w,
-                       const float *gains, const float *cosines, const float *sines, float *rstd, REAL *qkv, REAL *q,
-                       REAL *k, REAL *v, float *rstd_qk, int64_t B, int64_t T, int64_t C, int64_t H, int64_t K,
-                       int64_t D, float eps, int threads) {
+                       const float *gains, const float *cosines, const float *sines, const int64_t *positions,
+                       float *rstd, REAL *qkv, REAL *q, REAL *k, REAL *v, float *rstd_qk, int64_t B, int64_t T,
+                       int64_t C, int64_t H, int64_t K, int64_t D, float eps, int threads) {
     const int64_t W = (H + 2 * K) * D;
     REAL *qkv_w = room_for(sizeof(REAL) * 2 * W * C);
     word *weights = (word *)(qkv_w + W * C);
@@ -60,8 +60,8 @@ void NAME(enter_block)(const REAL *x, const float *norm, const float *q_w, const
             NAME(multiply)(h, C, rows, weights, 32, C / PAIR * 32, W, C / PAIR, NULL, qkv + from * W, W);
             for (int64_t n = from; n < from + rows; n++) {
                 const int64_t b = n / T, t = n % T, own = (b * K * T + t) * D;
-                NAME(rope_row)(qkv + n * W, gains, cosines + t * (D / 2), sines + t * (D / 2),
-                               q + (b * H * T + t) * D, k + own, v + own, T * D, rstd_qk + n * (H + K), H, K, D, eps);
+                const int64_t at = (positions ? positions[n] : t) * (D / 2);
+                NAME(rope_row)(qkv + n * W, gains, cosines + at, sines + at, q + (b * H * T + t) * D, k + own, v + own, T * D, rstd_qk + n * (H + K), H, K, D, eps);
             }
         }
         free(h);
@@ -73,9 +73,9 @@ void NAME(enter_block)(const REAL *x, const float *norm, const float *q_w, const
    and v together [W, C], of norm [C] and of the gains [H + K, D], one after the other. */
 void NAME(enter_block_backward)(const REAL *dq, const REAL *dk, const REAL *dv, const REAL *residual, const REAL *x,
                                 const float *norm, const float *q_w, const float *k_w, const float *v_w,
-                                const float *gains, const float *cosines, const float *sines, const float *rstd,
-                                const REAL *qkv, const float *rstd_qk, REAL *dx, float *grads, int64_t B, int64_t T,
-                                int64_t C, int64_t H, int64_t K, int64_t D, int threads) {
+                                const float *gains, const float *cosines, const float *sines, const int64_t *positions,
+                                const float *rstd, const REAL *qkv, const float *rstd_qk, REAL *dx, float *grads,
+                                int64_t B, int64_t T, int64_t C, int64_t H, int64_t K, int64_t D, int threads) {
     const int64_t W = (H + 2 * K) * D, size = W * C + C + (H + K) * D;
     REAL *qkv_w = room_for(sizeof(REAL) * 2 * W * C);
     word *weights = (word *)(qkv_w + W * C);
@@ -95,10 +95,11 @@ void NAME(enter_block_backward)(const REAL *dq, const REAL *dk, const REAL *dv, 
         for (int64_t from = first * TOKENS; from < last * TOKENS && from < B * T; from += TOKENS) {
             const int64_t rows = least(TOKENS, B * T - from);
             for (int64_t n = from; n < from + rows; n++) {
-                const int64_t b = n / T, t = n % T, at = (b * K * T + t) * D;
-                NAME(rope_row_backward)(dq + (b * H * T + t) * D, dk + at, dv + at, T * D, qkv + n * W, gains,
-                                        cosines + t * (D / 2), sines + t * (D / 2), rstd_qk + n * (H + K),
-                                        dqkv + (n - from) * W, own + W * C + C, H, K, D);
+                const int64_t b = n / T, t = n % T, key = (b * K * T + t) * D;
+                const int64_t at = (positions ? positions[n] : t) * (D / 2);
+                NAME(rope_row_backward)(dq + (b * H * T + t) * D, dk + key, dv + key, T * D, qkv + n * W, gains,
+                                        cosines + at, sines + at, rstd_qk + n * (H + K), dqkv + (n - from) * W,
+                                        own + W * C + C, H, K, D);
                 NAME(scaled_row)(x + n * C, norm, rstd[n], h + (n - from) * C, C);
             }
             const word *a = NAME(down)(dqkv, W, rows, W, left, &tl), *b = NAME(down)(h, C, rows, C, right, &tr);
@@ -233,7 +234,7 @@ void NAME(attend)(const REAL *q, const REAL *k, const REAL *v, const int32_t *fi
                     const int64_t rows = least(TOKENS, T - from), width = upto32(from + rows), b = h / H;
                     NAME(multiply)(q + (h * T + from) * D, D, rows, keys, 32, D / PAIR * 32, width, D / PAIR, NULL, p, width);
                     for (int64_t t = from; t < from + rows; t++)
-                        NAME(softmax_row)(p + (t - from) * width, e, firsts ? firsts[b * T + t] : 0, t, width, scale);
+                        NAME(softmax_row)(p + (t - from) * width, e, 0, firsts ? firsts[b * T + t] : 0, t + 1, width, scale);
                     NAME(multiply)(p, width, rows, values, to, 32, D, (least(width, T) + PAIR - 1) / PAIR, NULL,
                                    y + ((b * T + from) * H + h % H) * D, H * D);
                     p += rows * width;
