@@ -47,7 +47,7 @@ class Kernels:
         self._library = library
 
     def _call(self, name: str, *values: Tensor | int | float | ctypes.Array[Any] | None) -> None:
-        """Call one function: tensors and arrays by address, whole numbers as int64, fractions as float, None as null."""
+        """Call a function: tensors and arrays by address, whole numbers as int64, fractions as float, None as null."""
         words: list[object] = []
         for value in values:
             if isinstance(value, Tensor):
@@ -203,8 +203,8 @@ class Kernels:
     def leave_block(
         self, y: Tensor, x: Tensor, norm: Tensor, weights: Sequence[Tensor], eps: float
     ) -> tuple[Tensor, ...]:
-        """The block's output of its attention `y` [N, A] and its input `x` [N, C]; and for the way back what lies between
-        attention and feed-forward, its 1 / rms, gate and up. `weights` are those of output, gate, up and down."""
+        """The block's output of its attention `y` [N, A] and its input `x` [N, C]; and for the way back what lies
+        between attention and feed-forward, its 1 / rms, gate and up. `weights` are those of output, gate, up and down."""
         (n, c), inner = x.shape, weights[-1].shape[1]
         middle, out, rstd, gate_up = torch.empty_like(x), torch.empty_like(x), torch.empty(n), x.new_empty(n, 2 * inner)
         name = f"leave_block_{SUFFIX[x.dtype]}"
