@@ -9,7 +9,7 @@
    same bits. Gradients of gains are summed per thread into `partial` [threads, C], which the caller adds up. */
 
 /* y = x / rms(x) * w for one row of c numbers; 1 / rms(x). RMSNorm, arXiv 1910.07467. */
-static inline float NAME(norm_row)(const REAL *x, const float *w, REAL *y, int64_t c, float eps) {
+static inline float NAME(norm_row)(const REAL *x, const float *w, REAL *restrict y, int64_t c, float eps) {
     float sum = 0.0f;
     for (int64_t j = 0; j < c; j++) {
         const float v = LOAD(x[j]);
@@ -21,7 +21,7 @@ static inline float NAME(norm_row)(const REAL *x, const float *w, REAL *y, int64
 }
 
 /* y once more, r being 1 / rms(x). */
-static inline void NAME(scaled_row)(const REAL *x, const float *w, float r, REAL *y, int64_t c) {
+static inline void NAME(scaled_row)(const REAL *x, const float *w, float r, REAL *restrict y, int64_t c) {
     for (int64_t j = 0; j < c; j++) y[j] = STORE(LOAD(x[j]) * r * w[j]);
 }
 
@@ -34,7 +34,7 @@ void NAME(rmsnorm_forward)(const REAL *x, const float *w, REAL *y, float *rstd, 
 
 /* One row: dx = residual + the gradient through the norm, r being 1 / rms(x); the gradient of w is added to dw. */
 static inline void NAME(norm_row_backward)(const REAL *dy, const REAL *x, const float *w, float r, const REAL *residual,
-                                           REAL *dx, float *dw, int64_t c) {
+                                           REAL *restrict dx, float *restrict dw, int64_t c) {
     float dot = 0.0f;
     for (int64_t j = 0; j < c; j++) dot += LOAD(dy[j]) * w[j] * LOAD(x[j]);
     const float k = dot * r * r * r / (float)c;
@@ -65,17 +65,19 @@ static inline void NAME(rope_row)(const REAL *x, const float *gains, const float
                                   float eps) {
     const int64_t half = D / 2;
     for (int64_t h = 0; h < H + K; h++, x += D) {
-        REAL *y = h < H ? q + h * step : k + (h - H) * step;
+        REAL *restrict y = h < H ? q + h * step : k + (h - H) * step;
         if (gains) {
             float sum = 0.0f;
             for (int64_t j = 0; j < D; j++) sum += LOAD(x[j]) * LOAD(x[j]);
             const float r = rstd[h] = 1.0f / sqrtf(sum / (float)D + eps), *g = gains + h * D;
+#pragma GCC ivdep
             for (int64_t j = 0; j < half; j++) {
                 const float a = LOAD(x[j]) * r * g[j], z = LOAD(x[j + half]) * r * g[j + half];
                 y[j] = STORE(a * cosines[j] - z * sines[j]);
                 y[j + half] = STORE(z * cosines[j] + a * sines[j]);
             }
         } else {
+#pragma GCC ivdep
             for (int64_t j = 0; j < half; j++) {
                 const float a = LOAD(x[j]), z = LOAD(x[j + half]);
                 y[j] = STORE(a * cosines[j] - z * sines[j]);
@@ -103,13 +105,14 @@ void NAME(rope_forward)(const REAL *qkv, const float *gains, const float *cosine
    added to dgains [H + K, D]. */
 static inline void NAME(rope_row_backward)(const REAL *dq, const REAL *dk, const REAL *dv, int64_t step, const REAL *x,
                                            const float *gains, const float *co, const float *si, const float *rstd,
-                                           REAL *out, float *dgains, int64_t H, int64_t K, int64_t D) {
+                                           REAL *restrict out, float *restrict dgains, int64_t H, int64_t K,
+                                           int64_t D) {
     const int64_t half = D / 2;
     for (int64_t h = 0; h < H + K; h++, x += D, out += D) {
         const REAL *d = h < H ? dq + h * step : dk + (h - H) * step;
         if (gains) {
             const float *g = gains + h * D, r = rstd[h];
-            float *dg = dgains + h * D, dot = 0.0f;
+            float *restrict dg = dgains + h * D, dot = 0.0f;
             for (int64_t j = 0; j < half; j++) {
                 const float p = LOAD(d[j]), z = LOAD(d[j + half]);
                 const float a = p * co[j] + z * si[j], e = z * co[j] - p * si[j];
@@ -196,7 +199,7 @@ void NAME(softmax_forward)(REAL *scores, const int32_t *firsts, const int32_t *s
 }
 
 /* Gradient of one row of scores from that of the probabilities, in place: d = p (d - sum(p d)) scale; 0 after t. */
-static inline void NAME(softmax_row_backward)(const REAL *p, REAL *d, int64_t t, int64_t width, float scale) {
+static inline void NAME(softmax_row_backward)(const REAL *restrict p, REAL *restrict d, int64_t t, int64_t width, float scale) {
     float dot = 0.0f;
     for (int64_t j = 0; j <= t; j++) dot += LOAD(p[j]) * LOAD(d[j]);
     for (int64_t j = 0; j <= t; j++) d[j] = STORE(LOAD(p[j]) * (LOAD(d[j]) - dot) * scale);
@@ -211,7 +214,7 @@ void NAME(softmax_backward)(const REAL *probs, REAL *grad, int64_t n, int64_t ro
 }
 
 /* SwiGLU (arXiv 2002.05202) of one row: out [c] = silu(gate) * up, both halves of x [2 c]. */
-static inline void NAME(swiglu_row)(const REAL *x, REAL *out, int64_t c) {
+static inline void NAME(swiglu_row)(const REAL *x, REAL *restrict out, int64_t c) {
     for (int64_t j = 0; j < c; j++) {
         const float g = LOAD(x[j]);
         out[j] = STORE(g / (1.0f + exponential(-g)) * LOAD(x[j + c]));
@@ -224,7 +227,7 @@ void NAME(swiglu_forward)(const REAL *x, REAL *out, int64_t n, int64_t c, int th
 }
 
 /* Its gradient, dx not being x, and once more what it gave, where `out` is not null. */
-static inline void NAME(swiglu_row_backward)(const REAL *dout, const REAL *x, REAL *dx, REAL *out, int64_t c) {
+static inline void NAME(swiglu_row_backward)(const REAL *dout, const REAL *x, REAL *restrict dx, REAL *restrict out, int64_t c) {
     for (int64_t j = 0; j < c; j++) {
         const float g = LOAD(x[j]), up = LOAD(x[j + c]), d = LOAD(dout[j]);
         const float sigmoid = 1.0f / (1.0f + exponential(-g));

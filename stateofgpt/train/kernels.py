@@ -204,7 +204,7 @@ class Kernels:
         self, y: Tensor, x: Tensor, norm: Tensor, weights: Sequence[Tensor], eps: float
     ) -> tuple[Tensor, ...]:
         """The block's output of its attention `y` [N, A] and its input `x` [N, C]; and for the way back what lies
-        between attention and feed-forward, its 1 / rms, gate and up. `weights` are those of output, gate, up and down."""
+        between attention and feed-forward, its 1 / rms, gate and up. `weights`: output, gate, up, down."""
         (n, c), inner = x.shape, weights[-1].shape[1]
         middle, out, rstd, gate_up = torch.empty_like(x), torch.empty_like(x), torch.empty(n), x.new_empty(n, 2 * inner)
         name = f"leave_block_{SUFFIX[x.dtype]}"
@@ -327,6 +327,20 @@ def _agrees(kernels: Kernels) -> bool:
         (losses, F.cross_entropy(x, targets, reduction="none")),
         (kernels.rmsnorm(x.bfloat16(), torch.ones(96), 1e-6)[0].float(), norm.bfloat16().float()),
     )
-    return all(
+    return all(_products_agree(kernels, dtype) for dtype in SUFFIX) and all(
         torch.allclose(mine, theirs, rtol=1e-2 if i == 3 else 1e-4, atol=1e-5) for i, (mine, theirs) in enumerate(pairs)
     )
+
+
+def _products_agree(kernels: Kernels, dtype: torch.dtype) -> bool:
+    """Whether a head by tiles, where there are any, has torch's losses, and its gradient of the weights."""
+    if not kernels.has_tiles(dtype):
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(70, 32, generator=generator).to(dtype).float() for _ in range(2))
+    losses, _, dw, _ = kernels.head(x.to(dtype), torch.ones(32), w, torch.arange(70), torch.ones(70), 1e-6, wanted=True)
+    h = F.rms_norm(x, (32,), None, 1e-6)
+    logs = F.log_softmax(h @ w.t(), -1)
+    near = 1e-4 if dtype == torch.float32 else 0.1
+    wanted = (-logs.diagonal(), (logs.exp() - torch.eye(70)).t() @ h)
+    return all(float((a - b).abs().max()) <= near for a, b in zip((losses, dw), wanted, strict=True))
