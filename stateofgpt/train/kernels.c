@@ -79,6 +79,25 @@ typedef float __attribute__((vector_size(64), aligned(4), may_alias)) lanes;
 #define AS_LANES(p) (*(const lanes *)(p))
 #define SPLAT(w) ((lanes)_mm512_set1_epi32((int)(w)))
 
+/* e^x as `exponential` has it; below -87 what it is there. */
+static inline lanes exponential_lanes(lanes x) {
+    x = (lanes)_mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x);
+    const lanes n = (lanes)_mm512_roundscale_ps((__m512)(x * 1.44269504088896f), _MM_FROUND_TO_NEAREST_INT);
+    const lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (lanes)_mm512_scalef_ps((__m512)(p * r * r + r + 1.0f), (__m512)n);
+}
+
+/* 1 / x to 1 ulp or two, for x in [1, 2^126]; past that, 0. */
+static inline lanes reciprocal(lanes x) {
+    const lanes y = (lanes)_mm512_rcp14_ps((__m512)x);
+    return (lanes)_mm512_fmadd_ps((__m512)y, _mm512_fnmadd_ps((__m512)x, (__m512)y, _mm512_set1_ps(1.0f)), (__m512)y);
+}
+
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t upto32(int64_t n) { return (n + 31) / 32 * 32; }
 static void *room_for(int64_t bytes) { return aligned_alloc(64, (size_t)(bytes + 64) / 64 * 64); }

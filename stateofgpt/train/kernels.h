@@ -226,20 +226,19 @@ void NAME(swiglu_forward)(const REAL *x, REAL *out, int64_t n, int64_t c, int th
     for (int64_t i = 0; i < n; i++) NAME(swiglu_row)(x + 2 * i * c, out + i * c, c);
 }
 
-/* Its gradient, dx not being x, and once more what it gave, where `out` is not null. */
-static inline void NAME(swiglu_row_backward)(const REAL *dout, const REAL *x, REAL *restrict dx, REAL *restrict out, int64_t c) {
-    for (int64_t j = 0; j < c; j++) {
-        const float g = LOAD(x[j]), up = LOAD(x[j + c]), d = LOAD(dout[j]);
-        const float sigmoid = 1.0f / (1.0f + exponential(-g));
-        if (out) out[j] = STORE(g * sigmoid * up);
-        dx[j] = STORE(d * up * sigmoid * (1.0f + g * (1.0f - sigmoid)));
-        dx[j + c] = STORE(d * g * sigmoid);
-    }
-}
-
+/* dx may not be x. */
 void NAME(swiglu_backward)(const REAL *dout, const REAL *x, REAL *dx, int64_t n, int64_t c, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < n; i++) NAME(swiglu_row_backward)(dout + i * c, x + 2 * i * c, dx + 2 * i * c, NULL, c);
+    for (int64_t i = 0; i < n; i++) {
+        const REAL *gate = x + 2 * i * c, *up = gate + c;
+        REAL *dgate = dx + 2 * i * c, *dup = dgate + c;
+        for (int64_t j = 0; j < c; j++) {
+            const float g = LOAD(gate[j]), d = LOAD(dout[i * c + j]);
+            const float sigmoid = 1.0f / (1.0f + exponential(-g));
+            dgate[j] = STORE(d * LOAD(up[j]) * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+            dup[j] = STORE(d * g * sigmoid);
+        }
+    }
 }
 
 /* Weighted cross-entropy of one row of logits [c]: weight w times (log sum exp - logit of the target); and the logits

@@ -5,6 +5,59 @@
 
    Gradients of weights are summed in float, by each thread for its own tokens, the first in the result itself. */
 
+/* SwiGLU of one row, as swiglu_row, for c that is a multiple of 32. */
+static inline void NAME(swiglu_lanes)(const REAL *x, REAL *out, int64_t c) {
+    for (int64_t j = 0; j < c; j += 32) {
+        lanes y[2];
+        for (int i = 0; i < 2; i++) {
+            const lanes g = GET(x + j + 16 * i);
+            y[i] = g * reciprocal(1.0f + exponential_lanes(-g)) * GET(x + c + j + 16 * i);
+        }
+        PUT(out + j, y[0], y[1]);
+    }
+}
+
+/* Its gradient and once more what it gave, as swiglu_row_backward. */
+static inline void NAME(swiglu_lanes_backward)(const REAL *dout, const REAL *x, REAL *dx, REAL *out, int64_t c) {
+    for (int64_t j = 0; j < c; j += 32) {
+        lanes y[2], dgate[2], dup[2];
+        for (int i = 0; i < 2; i++) {
+            const lanes g = GET(x + j + 16 * i), up = GET(x + c + j + 16 * i), d = GET(dout + j + 16 * i);
+            const lanes sigmoid = reciprocal(1.0f + exponential_lanes(-g)), swish = g * sigmoid;
+            y[i] = swish * up;
+            dup[i] = d * swish;
+            dgate[i] = d * up * (sigmoid + swish - swish * sigmoid);
+        }
+        PUT(out + j, y[0], y[1]);
+        PUT(dx + j, dgate[0], dgate[1]);
+        PUT(dx + c + j, dup[0], dup[1]);
+    }
+}
+
+/* Cross-entropy of one row and its gradient, as cross_entropy_row, over `width` numbers, a multiple of 32, of which those
+   from c on do not count and become 0 or next to it. e [width]. */
+static inline float NAME(cross_entropy_lanes)(REAL *x, int64_t target, float w, float *e, int64_t c, int64_t width,
+                                              int with_gradient) {
+    const float own = LOAD(x[target]);
+    for (int64_t j = c; j < width; j++) x[j] = STORE(-INFINITY);
+    lanes top[2] = {GET(x), GET(x + 16)}, sums[2] = {0};
+    for (int64_t j = 32; j < width; j += 32)
+        for (int i = 0; i < 2; i++) top[i] = (lanes)_mm512_max_ps((__m512)top[i], (__m512)GET(x + j + 16 * i));
+    const float most = _mm512_reduce_max_ps(_mm512_max_ps((__m512)top[0], (__m512)top[1]));
+    for (int64_t j = 0; j < width; j += 32)
+        for (int i = 0; i < 2; i++) {
+            const lanes y = exponential_lanes(GET(x + j + 16 * i) - most);
+            *(lanes *)(e + j + 16 * i) = y;
+            sums[i] += y;
+        }
+    const float sum = _mm512_reduce_add_ps((__m512)(sums[0] + sums[1])), k = w / sum;
+    if (with_gradient) {
+        for (int64_t j = 0; j < width; j += 32) PUT(x + j, *(lanes *)(e + j) * k, *(lanes *)(e + j + 16) * k);
+        x[target] = STORE(e[target] * k - w);
+    }
+    return w * (logf(sum) + most - own);
+}
+
 /* This thread's share of a matrix of weights [k, n] as words down its columns (all of them after a barrier). */
 static const word *NAME(down_shared)(const REAL *w, int64_t k, int64_t n, word *room, int64_t *to) {
     int64_t first, last;
@@ -151,7 +204,7 @@ void NAME(leave_block)(const REAL *y, const REAL *x, const float *norm, const fl
             NAME(multiply)(y + from * A, A, rows, o, 32, A / PAIR * 32, C, A / PAIR, x + from * C, mid, C);
             for (int64_t i = 0; i < rows; i++) rstd[from + i] = NAME(norm_row)(mid + i * C, norm, h + i * C, C, eps);
             NAME(multiply)(h, C, rows, gu, 32, C / PAIR * 32, 2 * I, C / PAIR, NULL, both, 2 * I);
-            for (int64_t i = 0; i < rows; i++) NAME(swiglu_row)(both + 2 * i * I, hidden + i * I, I);
+            for (int64_t i = 0; i < rows; i++) NAME(swiglu_lanes)(both + 2 * i * I, hidden + i * I, I);
             NAME(multiply)(hidden, I, rows, down, 32, I / PAIR * 32, C, I / PAIR, mid, out + from * C, C);
         }
         free(h);
@@ -191,7 +244,7 @@ void NAME(leave_block_backward)(const REAL *dout, const REAL *y, const float *no
             REAL *dmid = dmiddle + from * C;
             NAME(multiply)(d, C, rows, down, td, 32, I, C / PAIR, NULL, dhidden, I);
             for (int64_t i = 0; i < rows; i++) {
-                NAME(swiglu_row_backward)(dhidden + i * I, gate_up + (from + i) * 2 * I, both + 2 * i * I, hidden + i * I, I);
+                NAME(swiglu_lanes_backward)(dhidden + i * I, gate_up + (from + i) * 2 * I, both + 2 * i * I, hidden + i * I, I);
                 NAME(scaled_row)(mid + i * C, norm, rstd[from + i], h + i * C, C);
             }
             const word *a = NAME(down)(d, C, rows, C, left, &tl), *b = NAME(down)(hidden, I, rows, I, right, &tr);
@@ -322,7 +375,7 @@ void NAME(head)(const REAL *x, const float *norm, const float *w, const int64_t 
                 r[i] = NAME(norm_row)(x + (from + i) * C, norm, h + i * C, C, eps);
             NAME(multiply)(h, C, rows, across, 32, C / PAIR * 32, width, C / PAIR, NULL, logits, step);
             for (int64_t i = 0; i < rows; i++)
-                losses[from + i] = NAME(cross_entropy_row)(logits + i * step, targets[from + i], weights[from + i], e, V, dx != NULL);
+                losses[from + i] = NAME(cross_entropy_lanes)(logits + i * step, targets[from + i], weights[from + i], e, V, width, dx != NULL);
             if (!dx) continue;
             const word *a = NAME(down)(logits, step, rows, width, left, &tl), *b = NAME(down)(h, C, rows, C, right, &tr);
             NAME(accumulate)(a, tl, width, b, tr, C, (rows + PAIR - 1) / PAIR, own);
