@@ -92,10 +92,11 @@ static inline lanes exponential_lanes(lanes x) {
     return (lanes)_mm512_scalef_ps((__m512)(p * r * r + r + 1.0f), (__m512)n);
 }
 
-/* 1 / x to 1 ulp or two, for x in [1, 2^126]; past that, 0. */
-static inline lanes reciprocal(lanes x) {
-    const lanes y = (lanes)_mm512_rcp14_ps((__m512)x);
-    return (lanes)_mm512_fmadd_ps((__m512)y, _mm512_fnmadd_ps((__m512)x, (__m512)y, _mm512_set1_ps(1.0f)), (__m512)y);
+/* 1 / (1 + e^-x) to a few ulp, by an estimate of 14 bits and one step of Newton's. */
+static inline lanes sigmoid_lanes(lanes x) {
+    const lanes most = (lanes)_mm512_min_ps(_mm512_set1_ps(87.0f), (__m512)-x); /* past it the estimate would be 0 */
+    const lanes below = 1.0f + exponential_lanes(most), y = (lanes)_mm512_rcp14_ps((__m512)below);
+    return y + y * (1.0f - below * y);
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -11,7 +11,7 @@ static inline void NAME(swiglu_lanes)(const REAL *x, REAL *out, int64_t c) {
         lanes y[2];
         for (int i = 0; i < 2; i++) {
             const lanes g = GET(x + j + 16 * i);
-            y[i] = g * reciprocal(1.0f + exponential_lanes(-g)) * GET(x + c + j + 16 * i);
+            y[i] = g * sigmoid_lanes(g) * GET(x + c + j + 16 * i);
         }
         PUT(out + j, y[0], y[1]);
     }
@@ -23,7 +23,7 @@ static inline void NAME(swiglu_lanes_backward)(const REAL *dout, const REAL *x, 
         lanes y[2], dgate[2], dup[2];
         for (int i = 0; i < 2; i++) {
             const lanes g = GET(x + j + 16 * i), up = GET(x + c + j + 16 * i), d = GET(dout + j + 16 * i);
-            const lanes sigmoid = reciprocal(1.0f + exponential_lanes(-g)), swish = g * sigmoid;
+            const lanes sigmoid = sigmoid_lanes(g), swish = g * sigmoid;
             y[i] = swish * up;
             dup[i] = d * swish;
             dgate[i] = d * up * (sigmoid + swish - swish * sigmoid);
