@@ -14,6 +14,7 @@ from stateofgpt.train import fused, tiled
 from stateofgpt.train.branches import Branches
 from stateofgpt.train.kernels import Kernels, load
 from stateofgpt.train.loss import Batch, LanguageModelLoss
+from stateofgpt.train.optim import POLAR_STEPS, orthogonalise
 
 WIDE = replace(BASE, hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=96)
 SHAPES = {
@@ -162,3 +163,42 @@ def test_the_norm_of_all_gradients_is_torchs(kernels: Kernels, threads: int) -> 
     finally:
         torch.set_num_threads(before)
     assert mine == pytest.approx(float(torch.cat(tensors).double().norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 96, 32), (1, 32, 160)])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e6])
+def test_muons_iteration_is_nearer_to_the_exact_one_than_torchs_in_bfloat16(
+    kernels: Kernels, shape: tuple[int, int, int], size: float
+) -> None:
+    """Every matrix by the same polynomials in float64; of any size, and of very different rows."""
+    if not kernels.has_tiles(torch.bfloat16):
+        pytest.skip("this processor has no products of bfloat16")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(*shape[:2], 1, generator=generator)
+    given = (torch.randn(*shape, generator=generator) * rows * size).bfloat16()
+    exact = given.double().mT if shape[1] > shape[2] else given.double()
+    exact = exact / (exact.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in POLAR_STEPS:
+        gram = exact @ exact.mT
+        exact = a * exact + (b * gram + c * (gram @ gram)) @ exact
+    exact = exact.mT if shape[1] > shape[2] else exact
+    mine, theirs = kernels.polar_(given.clone(), POLAR_STEPS).double(), orthogonalise(given).double()
+    assert (mine - exact).norm() <= 0.03 * exact.norm()
+    assert (mine - exact).norm() <= (theirs - exact).norm()
+
+
+def test_muons_iteration_of_nothing_is_nothing(kernels: Kernels) -> None:
+    if not kernels.has_tiles(torch.bfloat16):
+        pytest.skip("this processor has no products of bfloat16")
+    assert not kernels.polar_(torch.zeros(2, 32, 64).bfloat16(), POLAR_STEPS).any()
+
+
+def test_gates_far_from_zero_do_what_torch_does(kernels: Kernels) -> None:
+    model, batch = model_of(WIDE), batch_of(WIDE, 2, 40)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(300.0 if "gate_proj" in name else 1.0)
+    mine, theirs = LanguageModelLoss(fused=True)(model, batch), LanguageModelLoss()(model, batch)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    got, wanted = gradients(model, mine), gradients(model, theirs)
+    assert all(float((got[n] - g).norm()) <= 1e-3 * float(g.norm()) + 1e-6 for n, g in wanted.items())

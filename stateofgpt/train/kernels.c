@@ -223,3 +223,59 @@ void muon_apply(float *p, const bfloat16 *update, int64_t n, float lr, float dec
         p[i] = p[i] - shrink - lr * u;
     }
 }
+
+#if defined __AVX512BF16__ && defined __AVX512F__ && !defined __AMX_BF16__
+/* c [n, n] = a a^T, a [n, k]: the half below the diagonal, and then the other from it. panels [n, k]: room. */
+static void squared(const bfloat16 *a, int64_t n, int64_t k, word *panels, bfloat16 *c) {
+    panels_bfloat16(a, k, n, k, panels, 0, n / 32);
+    for (int64_t j = 0; j < n; j += 32)
+        multiply_bfloat16(a + j * k, k, n - j, panels + j * k / 2, 32, 0, 32, k / 2, NULL, c + j * n + j, n);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = i / 32 * 32 + 32; j < n; j++) c[i * n + j] = c[j * n + i];
+}
+
+/* Muon's iteration on `count` matrices [rows, columns], in place, a thread for each: divided by a little more than its
+   norm, x becomes a x + (b x x^T + c (x x^T)^2) x for each a, b, c of `steps`. What is kept is x without a factor known
+   exactly, so that each step rounds x once. Tall matrices are transposed. Both sides are multiples of 32. */
+void polar(bfloat16 *matrices, int64_t count, int64_t rows, int64_t columns, const float *coefficients, int64_t steps,
+           int threads) {
+    const int64_t r = least(rows, columns), c = rows + columns - r, down = rows > columns ? 1 : columns;
+    const int64_t on = rows > columns ? columns : 1;
+#pragma omp parallel num_threads(threads)
+    {
+        bfloat16 *x = room_for(sizeof(bfloat16) * 2 * r * (c + r)), *y = x + r * c, *gram = y + r * c, *second = gram + r * r;
+        word *room = room_for(sizeof(bfloat16) * r * c);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t k = 0; k < count; k++) {
+            bfloat16 *own = matrices + k * rows * columns;
+            float sum = 0.0f;
+            for (int64_t i = 0; i < r * c; i++) sum += from_bfloat16(own[i]) * from_bfloat16(own[i]);
+            const float norm = sqrtf(sum);
+            int exponent;
+            frexpf(norm, &exponent);
+            const float unit = ldexpf(1.0f, -exponent);
+            float factor = 1.0f / (unit * (norm * 1.01f + 1e-7f));
+            for (int64_t i = 0; i < r; i++)
+                for (int64_t j = 0; j < c; j++) x[i * c + j] = to_bfloat16(from_bfloat16(own[i * down + j * on]) * unit);
+            for (int64_t step = 0; step < steps; step++) {
+                const float *abc = coefficients + 3 * step, f2 = factor * factor;
+                const float b = abc[1] / abc[0] * f2, d = abc[2] / abc[0] * f2 * f2;
+                squared(x, r, c, room, gram);
+                squared(gram, r, r, room, second);
+                for (int64_t i = 0; i < r * r; i++)
+                    gram[i] = to_bfloat16(b * from_bfloat16(gram[i]) + d * from_bfloat16(second[i]));
+                int64_t to;
+                const word *words = down_bfloat16(x, c, r, c, room, &to);
+                multiply_bfloat16(gram, r, r, words, to, 32, c, r / 2, x, y, c);
+                bfloat16 *last = x;
+                x = y, y = last;
+                factor *= abc[0];
+            }
+            for (int64_t i = 0; i < r; i++)
+                for (int64_t j = 0; j < c; j++) own[i * down + j * on] = to_bfloat16(from_bfloat16(x[i * c + j]) * factor);
+        }
+        free(room);
+        free(x < y ? x : y);
+    }
+}
+#endif

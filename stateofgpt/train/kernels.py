@@ -288,6 +288,12 @@ class Kernels:
         self._call("muon_momentum", grads, momentum, update, grads.numel(), float(beta), float(scale))
         return update
 
+    def polar_(self, update: Tensor, steps: Sequence[Sequence[float]]) -> Tensor:
+        """Muon's iteration with the coefficients `steps`, on matrices [n, rows, columns] in bfloat16, in place."""
+        numbers = [x for step in steps for x in step]
+        self._call("polar", update, *update.shape, (ctypes.c_float * len(numbers))(*numbers), len(steps))
+        return update
+
     def muon_apply(self, weights: Tensor, update: Tensor, lr: float, decay: float) -> None:
         """Cautious decay and the step of `update`, bfloat16, on `weights`, float32."""
         self._call("muon_apply", weights, update.contiguous(), weights.numel(), float(lr), float(decay))

@@ -33,6 +33,9 @@ POLAR_STEPS = (
 )
 
 
+LARGEST = 1536  # rows or columns of a matrix that one thread iterates alone: no larger one was measured
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """Rates of both optimizers; `lr` is AdamW's, `muon_lr` Muon's. Rates are multiplied by the schedule's factor."""
@@ -125,7 +128,12 @@ class MuonAdamW:
         lr = self.config.muon_lr * factor * max(1.0, rows / columns) ** 0.5
         if self.kernels is not None:
             update = self.kernels.muon_momentum(grads, momentum, self.config.momentum, scale)
-            self.kernels.muon_apply(weights, orthogonalise(update), lr, self.config.weight_decay)
+            small = max(rows, columns) <= LARGEST and rows % 32 == columns % 32 == 0
+            if small and self.kernels.has_tiles(torch.bfloat16):
+                update = self.kernels.polar_(update, POLAR_STEPS)
+            else:
+                update = orthogonalise(update)
+            self.kernels.muon_apply(weights, update, lr, self.config.weight_decay)
             return
         momentum.lerp_(grads.mul_(scale), 1.0 - self.config.momentum)
         update = orthogonalise(grads.lerp_(momentum, self.config.momentum)).float()
