@@ -72,7 +72,10 @@ static inline int64_t share(int64_t n, int64_t *first, int64_t *last) {
 
 #ifdef __AVX512F__ /* products of our own, and chains of passes over few tokens at a time */
 #include <immintrin.h>
-#define TOKENS 64
+#ifndef QUERIES
+#define QUERIES 32
+#endif
+#define TOKENS 64 /* that go through a chain of passes together */
 
 typedef uint32_t __attribute__((may_alias)) word;
 typedef float __attribute__((vector_size(64), aligned(4), may_alias)) lanes;
@@ -106,8 +109,8 @@ static void *room_for(int64_t bytes) { return aligned_alloc(64, (size_t)(bytes +
 /* How many probabilities a head of T tokens keeps. */
 static int64_t probabilities(int64_t T) {
     int64_t sum = 0;
-    for (int64_t from = 0; from < T; from += TOKENS) {
-        const int64_t rows = least(TOKENS, T - from);
+    for (int64_t from = 0; from < T; from += QUERIES) {
+        const int64_t rows = least(QUERIES, T - from);
         sum += rows * upto32(from + rows);
     }
     return sum;

@@ -31,7 +31,7 @@ FLAGS = (
     "-fno-signed-zeros",
     "-fassociative-math",
 )
-TOKENS = 64  # that go through the passes of `tiles.h` together
+QUERIES = 32  # that attend together, as in `kernels.c`
 Lists = Sequence[Tensor]
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -230,8 +230,8 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """Causal attention [B T, H D] of q [B, H, T, D] over k and v [B, K, T, D], and its probabilities."""
         B, T, H, _, D = sizes
-        ends = [min(start + TOKENS, T) for start in range(0, T, TOKENS)]
-        size = sum((end - start) * -(-end // 32) * 32 for start, end in zip(range(0, T, TOKENS), ends, strict=True))
+        ends = [min(start + QUERIES, T) for start in range(0, T, QUERIES)]
+        size = sum((end - start) * -(-end // 32) * 32 for start, end in zip(range(0, T, QUERIES), ends, strict=True))
         probs, y = q.new_empty(B * H, size), q.new_empty(B * T, H * D)
         self._call(f"attend_{SUFFIX[q.dtype]}", q, k, v, firsts, probs, y, *sizes, D**-0.5)
         return y, probs

@@ -58,6 +58,40 @@ static inline float NAME(cross_entropy_lanes)(REAL *x, int64_t target, float w, 
     return w * (logf(sum) + most - own);
 }
 
+/* Softmax of one row over keys first..end-1 as softmax_row has it; width is a multiple of 32, and so is all of e. */
+static inline void NAME(softmax_lanes)(REAL *s, float *e, int64_t first, int64_t end, int64_t width, float scale) {
+    const int64_t from = first / 32 * 32, to = upto32(end);
+    for (int64_t j = from; j < first; j++) s[j] = STORE(-INFINITY);
+    for (int64_t j = end; j < to; j++) s[j] = STORE(-INFINITY);
+    lanes top[2] = {GET(s + from), GET(s + from + 16)}, sums[2] = {0};
+    for (int64_t j = from + 32; j < to; j += 32)
+        for (int i = 0; i < 2; i++) top[i] = (lanes)_mm512_max_ps((__m512)top[i], (__m512)GET(s + j + 16 * i));
+    const float most = _mm512_reduce_max_ps(_mm512_max_ps((__m512)top[0], (__m512)top[1]));
+    for (int64_t j = from; j < to; j += 32)
+        for (int i = 0; i < 2; i++) {
+            const lanes y = exponential_lanes((GET(s + j + 16 * i) - most) * scale);
+            *(lanes *)(e + j + 16 * i) = y;
+            sums[i] += y;
+        }
+    const float inverse = 1.0f / _mm512_reduce_add_ps((__m512)(sums[0] + sums[1]));
+    for (int64_t j = from; j < to; j += 32) PUT(s + j, *(lanes *)(e + j) * inverse, *(lanes *)(e + j + 16) * inverse);
+    memset(s, 0, sizeof(REAL) * first);
+    memset(s + end, 0, sizeof(REAL) * (width - end));
+}
+
+/* Its gradient, where p is 0 for what was not seen: so is then d. */
+static inline void NAME(softmax_lanes_backward)(const REAL *p, REAL *d, int64_t width, float scale) {
+    lanes sums[2] = {0};
+    for (int64_t j = 0; j < width; j += 32)
+        for (int i = 0; i < 2; i++) sums[i] += GET(p + j + 16 * i) * GET(d + j + 16 * i);
+    const float dot = _mm512_reduce_add_ps((__m512)(sums[0] + sums[1]));
+    for (int64_t j = 0; j < width; j += 32) {
+        lanes y[2];
+        for (int i = 0; i < 2; i++) y[i] = GET(p + j + 16 * i) * (GET(d + j + 16 * i) - dot) * scale;
+        PUT(d + j, y[0], y[1]);
+    }
+}
+
 /* This thread's share of a matrix of weights [k, n] as words down its columns (all of them after a barrier). */
 static const word *NAME(down_shared)(const REAL *w, int64_t k, int64_t n, word *room, int64_t *to) {
     int64_t first, last;
@@ -267,7 +301,7 @@ void NAME(leave_block_backward)(const REAL *dout, const REAL *y, const float *no
     free(rounded);
 }
 
-/* Causal attention: y [B T, H D] and, for each head, the probabilities of 64 queries after the other, each such block as
+/* Causal attention: y [B T, H D] and, for each head, the probabilities of 32 queries after the other, each such block as
    wide as the keys it sees, rounded up to 32. `firsts` [B, T]: where each position's document begins, or null. */
 void NAME(attend)(const REAL *q, const REAL *k, const REAL *v, const int32_t *firsts, REAL *probs, REAL *y, int64_t B,
                   int64_t T, int64_t H, int64_t K, int64_t D, float scale, int threads) {
@@ -283,11 +317,11 @@ void NAME(attend)(const REAL *q, const REAL *k, const REAL *v, const int32_t *fi
             const word *values = NAME(down)(v + i * T * D, D, T, D, room, &to);
             for (int64_t h = i * (H / K); h < (i + 1) * (H / K); h++) {
                 REAL *p = probs + h * per_head;
-                for (int64_t from = 0; from < T; from += TOKENS) {
-                    const int64_t rows = least(TOKENS, T - from), width = upto32(from + rows), b = h / H;
+                for (int64_t from = 0; from < T; from += QUERIES) {
+                    const int64_t rows = least(QUERIES, T - from), width = upto32(from + rows), b = h / H;
                     NAME(multiply)(q + (h * T + from) * D, D, rows, keys, 32, D / PAIR * 32, width, D / PAIR, NULL, p, width);
                     for (int64_t t = from; t < from + rows; t++)
-                        NAME(softmax_row)(p + (t - from) * width, e, 0, firsts ? firsts[b * T + t] : 0, t + 1, width, scale);
+                        NAME(softmax_lanes)(p + (t - from) * width, e, firsts ? firsts[b * T + t] : 0, t + 1, width, scale);
                     NAME(multiply)(p, width, rows, values, to, 32, D, (least(width, T) + PAIR - 1) / PAIR, NULL,
                                    y + ((b * T + from) * H + h % H) * D, H * D);
                     p += rows * width;
@@ -306,9 +340,9 @@ void NAME(attend_backward)(const REAL *dy, const REAL *q, const REAL *k, const R
     const int64_t widest = upto32(T), per_head = probabilities(T);
 #pragma omp parallel num_threads(threads)
     {
-        word *values = room_for(sizeof(word) * (2 * widest * D + TOKENS * (widest + D)));
-        word *room = values + widest * D, *left = room + widest * D, *right = left + TOKENS * widest;
-        REAL *ds = room_for(sizeof(REAL) * TOKENS * widest);
+        word *values = room_for(sizeof(word) * (2 * widest * D + QUERIES * (widest + D)));
+        word *room = values + widest * D, *left = room + widest * D, *right = left + QUERIES * widest;
+        REAL *ds = room_for(sizeof(REAL) * QUERIES * widest);
         float *dkeys = room_for(sizeof(float) * 2 * widest * D), *dvalues = dkeys + widest * D;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < B * K; i++) {
@@ -318,13 +352,13 @@ void NAME(attend_backward)(const REAL *dy, const REAL *q, const REAL *k, const R
             memset(dkeys, 0, sizeof(float) * 2 * widest * D);
             for (int64_t h = i * (H / K); h < (i + 1) * (H / K); h++) {
                 const REAL *p = probs + h * per_head;
-                for (int64_t from = 0; from < T; from += TOKENS) {
-                    const int64_t rows = least(TOKENS, T - from), width = upto32(from + rows), b = h / H;
+                for (int64_t from = 0; from < T; from += QUERIES) {
+                    const int64_t rows = least(QUERIES, T - from), width = upto32(from + rows), b = h / H;
                     const int64_t words = (rows + PAIR - 1) / PAIR;
                     const REAL *d = dy + ((b * T + from) * H + h % H) * D, *own = q + (h * T + from) * D;
                     NAME(multiply)(d, H * D, rows, values, 32, D / PAIR * 32, width, D / PAIR, NULL, ds, width);
                     for (int64_t t = from; t < from + rows; t++)
-                        NAME(softmax_row_backward)(p + (t - from) * width, ds + (t - from) * width, t, width, scale);
+                        NAME(softmax_lanes_backward)(p + (t - from) * width, ds + (t - from) * width, width, scale);
                     NAME(multiply)(ds, width, rows, keys, to, 32, D, (least(width, T) + PAIR - 1) / PAIR, NULL,
                                    dq + (h * T + from) * D, D);
                     const word *a = NAME(down)(ds, width, rows, width, left, &tl);
