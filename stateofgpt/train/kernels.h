@@ -9,7 +9,7 @@
    same bits. Gradients of gains are summed per thread into `partial` [threads, C], which the caller adds up. */
 
 /* y = x / rms(x) * w for one row of c numbers; 1 / rms(x). RMSNorm, arXiv 1910.07467. */
-static inline float NAME(norm_row)(const REAL *x, const float *w, REAL *restrict y, int64_t c, float eps) {
+ROW float NAME(norm_row)(const REAL *x, const float *w, REAL *restrict y, int64_t c, float eps) {
     float sum = 0.0f;
     for (int64_t j = 0; j < c; j++) {
         const float v = LOAD(x[j]);
@@ -21,7 +21,7 @@ static inline float NAME(norm_row)(const REAL *x, const float *w, REAL *restrict
 }
 
 /* y once more, r being 1 / rms(x). */
-static inline void NAME(scaled_row)(const REAL *x, const float *w, float r, REAL *restrict y, int64_t c) {
+ROW void NAME(scaled_row)(const REAL *x, const float *w, float r, REAL *restrict y, int64_t c) {
     for (int64_t j = 0; j < c; j++) y[j] = STORE(LOAD(x[j]) * r * w[j]);
 }
 
@@ -33,7 +33,7 @@ void NAME(rmsnorm_forward)(const REAL *x, const float *w, REAL *y, float *rstd, 
 }
 
 /* One row: dx = residual + the gradient through the norm, r being 1 / rms(x); the gradient of w is added to dw. */
-static inline void NAME(norm_row_backward)(const REAL *dy, const REAL *x, const float *w, float r, const REAL *residual,
+ROW void NAME(norm_row_backward)(const REAL *dy, const REAL *x, const float *w, float r, const REAL *residual,
                                            REAL *restrict dx, float *restrict dw, int64_t c) {
     float dot = 0.0f;
     for (int64_t j = 0; j < c; j++) dot += LOAD(dy[j]) * w[j] * LOAD(x[j]);
@@ -60,7 +60,7 @@ void NAME(rmsnorm_backward)(const REAL *dy, const REAL *x, const float *w, const
 /* One token's row of qkv [(H + 2 K) D]: queries and keys normalised per head (where there are gains), then rotated by
    position (arXiv 2104.09864, halves paired as transformers pairs them). q, k and v are the token's in the first head,
    and `step` numbers on in the next. cosines, sines [D / 2] of its position; gains [H + K, D] or null; rstd [H + K]. */
-static inline void NAME(rope_row)(const REAL *x, const float *gains, const float *cosines, const float *sines, REAL *q,
+ROW void NAME(rope_row)(const REAL *x, const float *gains, const float *cosines, const float *sines, REAL *q,
                                   REAL *k, REAL *v, int64_t step, float *rstd, int64_t H, int64_t K, int64_t D,
                                   float eps) {
     const int64_t half = D / 2;
@@ -103,7 +103,7 @@ void NAME(rope_forward)(const REAL *qkv, const float *gains, const float *cosine
 
 /* The way back for one token: dq, dk, dv as rope_row laid them out, into its row of dqkv. Gradients of the gains are
    added to dgains [H + K, D]. */
-static inline void NAME(rope_row_backward)(const REAL *dq, const REAL *dk, const REAL *dv, int64_t step, const REAL *x,
+ROW void NAME(rope_row_backward)(const REAL *dq, const REAL *dk, const REAL *dv, int64_t step, const REAL *x,
                                            const float *gains, const float *co, const float *si, const float *rstd,
                                            REAL *restrict out, float *restrict dgains, int64_t H, int64_t K,
                                            int64_t D) {
@@ -168,7 +168,7 @@ static inline float NAME(largest)(const REAL *x, float *e, int64_t n, float top)
 
 /* Softmax of one row of scores [width] times `scale`, in place, over the keys 0..before-1 and first..end-1; all others
    become 0. e [width]. */
-static inline void NAME(softmax_row)(REAL *s, float *e, int64_t before, int64_t first, int64_t end, int64_t width,
+ROW void NAME(softmax_row)(REAL *s, float *e, int64_t before, int64_t first, int64_t end, int64_t width,
                                      float scale) {
     const float top = NAME(largest)(s + first, e + before, end - first, NAME(largest)(s, e, before, -INFINITY));
     const float inverse = 1.0f / exponentials(e, before + end - first, top, scale);
@@ -199,7 +199,7 @@ void NAME(softmax_forward)(REAL *scores, const int32_t *firsts, const int32_t *s
 }
 
 /* Gradient of one row of scores from that of the probabilities, in place: d = p (d - sum(p d)) scale; 0 after t. */
-static inline void NAME(softmax_row_backward)(const REAL *restrict p, REAL *restrict d, int64_t t, int64_t width, float scale) {
+ROW void NAME(softmax_row_backward)(const REAL *restrict p, REAL *restrict d, int64_t t, int64_t width, float scale) {
     float dot = 0.0f;
     for (int64_t j = 0; j <= t; j++) dot += LOAD(p[j]) * LOAD(d[j]);
     for (int64_t j = 0; j <= t; j++) d[j] = STORE(LOAD(p[j]) * (LOAD(d[j]) - dot) * scale);
@@ -214,7 +214,7 @@ void NAME(softmax_backward)(const REAL *probs, REAL *grad, int64_t n, int64_t ro
 }
 
 /* SwiGLU (arXiv 2002.05202) of one row: out [c] = silu(gate) * up, both halves of x [2 c]. */
-static inline void NAME(swiglu_row)(const REAL *x, REAL *restrict out, int64_t c) {
+ROW void NAME(swiglu_row)(const REAL *x, REAL *restrict out, int64_t c) {
     for (int64_t j = 0; j < c; j++) {
         const float g = LOAD(x[j]);
         out[j] = STORE(g / (1.0f + exponential(-g)) * LOAD(x[j + c]));
@@ -243,7 +243,7 @@ void NAME(swiglu_backward)(const REAL *dout, const REAL *x, REAL *dx, int64_t n,
 
 /* Weighted cross-entropy of one row of logits [c]: weight w times (log sum exp - logit of the target); and the logits
    become their gradient. e [c]. */
-static inline float NAME(cross_entropy_row)(REAL *x, int64_t target, float w, float *e, int64_t c, int with_gradient) {
+ROW float NAME(cross_entropy_row)(REAL *x, int64_t target, float w, float *e, int64_t c, int with_gradient) {
     const float own = LOAD(x[target]), top = NAME(largest)(x, e, c, -INFINITY), sum = exponentials(e, c, top, 1.0f);
     const float k = w / sum;
     if (with_gradient) {

@@ -6,7 +6,7 @@
    Gradients of weights are summed in float, by each thread for its own tokens, the first in the result itself. */
 
 /* SwiGLU of one row, as swiglu_row, for c that is a multiple of 32. */
-static inline void NAME(swiglu_lanes)(const REAL *x, REAL *out, int64_t c) {
+ROW void NAME(swiglu_lanes)(const REAL *x, REAL *out, int64_t c) {
     for (int64_t j = 0; j < c; j += 32) {
         lanes y[2];
         for (int i = 0; i < 2; i++) {
@@ -18,7 +18,7 @@ static inline void NAME(swiglu_lanes)(const REAL *x, REAL *out, int64_t c) {
 }
 
 /* Its gradient and once more what it gave, as swiglu_row_backward. */
-static inline void NAME(swiglu_lanes_backward)(const REAL *dout, const REAL *x, REAL *dx, REAL *out, int64_t c) {
+ROW void NAME(swiglu_lanes_backward)(const REAL *dout, const REAL *x, REAL *dx, REAL *out, int64_t c) {
     for (int64_t j = 0; j < c; j += 32) {
         lanes y[2], dgate[2], dup[2];
         for (int i = 0; i < 2; i++) {
@@ -36,7 +36,7 @@ static inline void NAME(swiglu_lanes_backward)(const REAL *dout, const REAL *x, 
 
 /* Cross-entropy of one row and its gradient, as cross_entropy_row, over `width` numbers, a multiple of 32, of which those
    from c on do not count and become 0 or next to it. e [width]. */
-static inline float NAME(cross_entropy_lanes)(REAL *x, int64_t target, float w, float *e, int64_t c, int64_t width,
+ROW float NAME(cross_entropy_lanes)(REAL *x, int64_t target, float w, float *e, int64_t c, int64_t width,
                                               int with_gradient) {
     const float own = LOAD(x[target]);
     for (int64_t j = c; j < width; j++) x[j] = STORE(-INFINITY);
@@ -59,7 +59,7 @@ static inline float NAME(cross_entropy_lanes)(REAL *x, int64_t target, float w, 
 }
 
 /* Softmax of one row over keys first..end-1 as softmax_row has it; width is a multiple of 32, and so is all of e. */
-static inline void NAME(softmax_lanes)(REAL *s, float *e, int64_t first, int64_t end, int64_t width, float scale) {
+ROW void NAME(softmax_lanes)(REAL *s, float *e, int64_t first, int64_t end, int64_t width, float scale) {
     const int64_t from = first / 32 * 32, to = upto32(end);
     for (int64_t j = from; j < first; j++) s[j] = STORE(-INFINITY);
     for (int64_t j = end; j < to; j++) s[j] = STORE(-INFINITY);
@@ -80,7 +80,7 @@ static inline void NAME(softmax_lanes)(REAL *s, float *e, int64_t first, int64_t
 }
 
 /* Its gradient, where p is 0 for what was not seen: so is then d. */
-static inline void NAME(softmax_lanes_backward)(const REAL *p, REAL *d, int64_t width, float scale) {
+ROW void NAME(softmax_lanes_backward)(const REAL *p, REAL *d, int64_t width, float scale) {
     lanes sums[2] = {0};
     for (int64_t j = 0; j < width; j += 32)
         for (int i = 0; i < 2; i++) sums[i] += GET(p + j + 16 * i) * GET(d + j + 16 * i);
