@@ -112,6 +112,8 @@ def test_a_file_of_prompts_and_two_models_are_enough_and_a_kill_changes_nothing(
         (("--rl.reward", "verified"), "no right answer"),
         (("--context", 8), "no room"),
         (("--context", 9), "leave room for an answer"),
+        (("--context", 999, "--rl.max_tokens", 128), "reads 128 tokens at once, which leaves no room"),
+        (("--rl.held_out_prompts", 0), "rl.held_out_prompts is 0, must be at least 1"),
         (("--device", "cuda:7"), "'cuda:7' is not on this machine"),
     ],
 )
@@ -121,6 +123,7 @@ def test_what_cannot_be_done_is_one_sentence(
     assert climb(place, tmp_path / "run", *more) == 2
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()  # so that the mended command can have its name
 
 
 def test_prompts_are_read_in_every_form_and_none_twice(tmp_path: Path) -> None:
@@ -132,7 +135,13 @@ def test_prompts_are_read_in_every_form_and_none_twice(tmp_path: Path) -> None:
     assert read_questions(path) == [(Message("user", "Hello"),), whole]
     path.write_text("\n".join(json.dumps({"prompt": f"{i % 3}?", "chosen": "x", "rejected": "y"}) for i in range(9)))
     assert read_questions(path) == [(Message("user", f"{i}?"),) for i in range(3)]
-    for wrong, said in (('{"text": "x"}', "neither prompt nor messages"), ('{"prompt": ""}', "empty"), ("{", ":1: ")):
+    vote = '{"prompt": "a", "chosen": "x", "rejected": "y"}'
+    for wrong, said in (
+        ('{"text": "x"}', "neither prompt nor messages"), ('{"prompt": ""}', "empty"), ("{", ":1: "),
+        ('[{"prompt": "a"}, 7]', r"\[1\]: the row is a JSON number, it must be an object"),
+        ('{"prompt": "a"}\n' + vote, ":2: this row is a vote"),
+        (vote + '\n{"prompt": "a"}\n{"prompt": "b"}', "more than half .* are no votes"),
+    ):  # fmt: skip
         path.write_text(wrong)
         with pytest.raises(DataError, match=said):
             read_questions(path)
