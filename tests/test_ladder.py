@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -106,6 +107,17 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+
+
+def test_a_ladder_begun_when_every_size_had_the_same_steps_goes_on(climbed: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(climbed, tmp_path / "ladder")
+    (tmp_path / "ladder" / "rungs" / "result.json").unlink()
+    decisions = tmp_path / "ladder" / "rungs" / "decisions.json"
+    kept = json.loads(decisions.read_text())
+    kept["plan"]["steps"] = 4
+    decisions.write_text(json.dumps(kept))
+    make(tiny(text), tmp_path / "ladder")
+    assert (tmp_path / "ladder" / LADDER).read_bytes() == (climbed / LADDER).read_bytes()
 
 
 def test_the_picture_is_one_page_with_nothing_from_elsewhere_and_the_same_bytes_every_time(climbed: Path) -> None:

@@ -85,7 +85,10 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         vocab = -(-tokenizer.vocab_size // 64) * 64
         shards = Shards.open(run.stage("tokenize").dir)
         plan = stage.decide("plan", lambda: _plan(config, vocab, len(shards.sources)))
-        rungs = [Rung(size, plan["steps"][size] * k) for size in plan["sizes"] for k in config.multiples]
+        steps = plan["steps"]
+        if isinstance(steps, int):  # of a ladder that was begun when every size had the same
+            steps = dict.fromkeys(plan["sizes"], steps)
+        rungs = [Rung(size, steps[size] * k) for size in plan["sizes"] for k in config.multiples]
         results = {rung: _train(config, run, rung, plan) for rung in rungs}
         result = _result(config, run, vocab, results)
         write_json(run.root / LADDER, result)
