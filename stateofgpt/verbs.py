@@ -65,6 +65,11 @@ def reward(options: argparse.Namespace) -> None:
         raise ConfigError(f"--{name} is for a run's own stage and means nothing beside a file of votes")
     if not options.data.exists():
         raise DataError(f"{options.data}: there is no such file")
+    if options.health is not None:
+        given = {"from": options.start, "out": options.out, "minutes": options.minutes, "seed": options.seed}
+        given |= {name: getattr(options, name) for name in ("lora", "layers", "folds", "context")}
+        if useless := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"--{useless[0]} is for training, and --health only measures; leave it out")
     from stateofgpt.recipes import votes
 
     if options.health is not None:
@@ -303,4 +308,6 @@ def tree(options: argparse.Namespace) -> None:
     """The tree of models."""
     from stateofgpt.report.tree import print_tree
 
+    if options.folder != Path("runs") and not options.folder.is_dir():
+        raise DataError(f"{options.folder} is no folder of runs; leave it out for runs/")
     print_tree(options.folder)
