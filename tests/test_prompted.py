@@ -80,6 +80,9 @@ def test_a_file_of_prompts_and_two_models_are_enough_and_a_kill_changes_nothing(
     result = read_json(tmp_path / "whole" / "rl" / "result.json")
     assert result["iterations"] == 3 and result["n"] == 6 and {"score_before", "score_after", "kl"} <= result.keys()
     assert "true_sft" not in result and (tmp_path / "whole" / "report.html").exists()
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "the score of a judge, which it never saw, goes from" in page and "KL to the model it began with" in page
+    assert "SFT" not in page and "True score" not in page
     curve = [row for row in metrics(tmp_path / "whole") if "proxy_reward" in row]
     assert [row["step"] for row in curve] == [1, 2, 3] and curve[0]["kl"] == pytest.approx(0.0, abs=1e-5)
     assert not any(torch.equal(a, b.detach()) for a, b in zip(policy(tmp_path / "whole"), small(0).parameters(),
