@@ -82,7 +82,7 @@ def test_a_file_of_prompts_and_two_models_are_enough_and_a_kill_changes_nothing(
     assert "true_sft" not in result and (tmp_path / "whole" / "report.html").exists()
     page = (tmp_path / "whole" / "report.html").read_text()
     assert "the score of a judge, which it never saw, goes from" in page and "KL to the model it began with" in page
-    assert "SFT" not in page and "True score" not in page
+    assert "SFT" not in page and "True score" not in page and "from text to" not in page
     curve = [row for row in metrics(tmp_path / "whole") if "proxy_reward" in row]
     assert [row["step"] for row in curve] == [1, 2, 3] and curve[0]["kl"] == pytest.approx(0.0, abs=1e-5)
     assert not any(torch.equal(a, b.detach()) for a, b in zip(policy(tmp_path / "whole"), small(0).parameters(),
@@ -127,6 +127,13 @@ def test_what_cannot_be_done_is_one_sentence(
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()  # so that the mended command can have its name
+
+
+def test_the_reward_model_is_no_judge_of_its_own_policy(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert climb(place, tmp_path / "run", "--judge", place / "reward") == 2
+    assert "--judge is the reward model itself" in capsys.readouterr().err
 
 
 def test_prompts_are_read_in_every_form_and_none_twice(tmp_path: Path) -> None:

@@ -117,6 +117,8 @@ def _room(config: Config, context: int) -> int:
 def _check_inputs(config: Config, stage: Stage) -> None:
     here = {"prompts": sha256_file(Path(config.prompts)), "model": read_lineage(config.model).id}
     here |= {name: read_lineage(f).id for name in ("reward", "judge") if (f := getattr(config, name)) is not None}
+    if here.get("judge") == here["reward"]:
+        raise ConfigError("--judge is the reward model itself; a judge is one that the policy never learns from")
     if (known := stage.decide("inputs", lambda: here)) != here:
         other = next(name for name in here | known if here.get(name) != known.get(name))
         raise RunError(f"the {other} given is not what this run began with; put that back, or choose another --out")
