@@ -236,6 +236,8 @@ def test_the_pretrain_stage_goes_by_the_law_beside_its_run_and_records_it(
     [
         ({"sizes": ("64x1", "64x2")}, "2 sizes and 3 lengths cannot be fitted"),
         ({"multiples": (1, 2)}, "4 sizes and 2 lengths"),
+        ({"multiples": ()}, "4 sizes and 0 lengths"),
+        ({"multiples": (0, 1, 2)}, "a length of 0 parts is none"),
         ({"sizes": ("64x1", "64x2", "big")}, '"big" is no size'),
         ({"sizes": ("64x1", "64x2", "100x2")}, '"100x2" is no size'),
         ({"steps": 5}, "either seconds or steps"),
@@ -263,6 +265,13 @@ def test_too_little_time_is_told_with_the_time_that_is_needed(climbed: Path, mon
         assert seconds[size] * (7 * (made["steps"][size] + 1) + looks) > 100 * 0.92
 
 
-def test_the_verb_refuses_an_unknown_setting_and_a_missing_corpus(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ladder", "--ladder.rungs", "3"]) == 2
-    assert "unknown setting" in capsys.readouterr().err
+def test_the_verb_refuses_an_unknown_setting_a_missing_corpus_and_a_model_to_begin_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, says in (
+        (["--ladder.rungs", "3"], "unknown setting"),
+        (["--corpus", str(tmp_path / "nowhere")], "there is no corpus"),
+        (["--from", "laptop:rl"], "begin from nothing; leave --from out"),
+    ):
+        assert main(["ladder", "--out", str(tmp_path / "ladder"), *words]) == 2
+        assert says in capsys.readouterr().err

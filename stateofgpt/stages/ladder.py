@@ -56,7 +56,9 @@ class Config:
         for size in self.sizes:
             if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) or int(size.split("x")[0]) % 64:
                 raise ConfigError(f'"{size}" is no size of a ladder; write width x layers, as 128x4, widths by 64')
-        if len(set(self.sizes)) < FEWEST_VALUES or len(set(self.multiples)) < FEWEST_VALUES or min(self.multiples) < 1:
+        if self.multiples and min(self.multiples) < 1:
+            raise ConfigError(f"a length of {min(self.multiples)} parts is none; --ladder.multiples are from 1")
+        if len(set(self.sizes)) < FEWEST_VALUES or len(set(self.multiples)) < FEWEST_VALUES:
             raise ConfigError(
                 f"a ladder of {len(set(self.sizes))} sizes and {len(set(self.multiples))} lengths cannot be fitted; "
                 f"give at least {FEWEST_VALUES} of each"
