@@ -216,9 +216,11 @@ def logprobs(options: argparse.Namespace) -> None:
 
 
 def _text_of(file: Path) -> str:
-    """A file's bytes as UTF-8, what is none replaced."""
+    """A file's text, which must be UTF-8: what was put in place of other bytes would be scored, and not the file."""
     try:
-        text = file.read_bytes().decode("utf-8", "replace")
+        text = file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no UTF-8 text (byte {error.start}); convert it first") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
     if not text:

@@ -478,7 +478,7 @@ def test_logprobs_of_a_file_are_its_bits_per_byte_read_in_parts(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "text.txt"
-    file.write_bytes(b"abc\xff")
+    file.write_text("abc\ufffd", encoding="utf-8")
     assert main(["logprobs", str(model), "--file", str(file)]) == 0
     told = json.loads(capsys.readouterr().out)
     nats = sum("abc\ufffd".encode())  # the engine above: a token costs its id; every token is scored once
@@ -492,11 +492,16 @@ def test_logprobs_of_a_file_are_its_bits_per_byte_read_in_parts(
     }
 
 
-def test_logprobs_of_an_empty_or_absent_file_is_one_sentence(
+def test_logprobs_of_a_file_that_cannot_be_scored_is_one_sentence(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").touch()
-    for name, says in (("empty.txt", "is empty"), ("none.txt", "cannot be read")):
+    (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
+    for name, says in (
+        ("empty.txt", "is empty"),
+        ("none.txt", "cannot be read"),
+        ("latin.txt", "no UTF-8 text (byte 1)"),
+    ):
         assert main(["logprobs", str(model), "--file", str(tmp_path / name)]) == 2
         assert says in capsys.readouterr().err
 
