@@ -82,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno in (errno.EACCES, errno.EROFS):
             return _tell(f"{error.filename or 'a file'}: {str(error.strerror).lower()}", 2)
         raise
+    except (MemoryError, RuntimeError) as error:
+        if (told := _no_memory(error)) is None:
+            raise
+        return _tell(f"{told}; free some, or ask for less: a smaller model, fewer rows, a shorter context", 2)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -92,6 +96,17 @@ def _tell(message: str, exit_code: int) -> int:
     label = "\x1b[1;31merror:\x1b[0m" if colour else "error:"
     print(label, " ".join(message.split("\n")), file=sys.stderr)
     return exit_code
+
+
+def _no_memory(error: BaseException) -> str | None:
+    """What there is not enough of, if that is what the error says. Torch's own errors are told by name and words, as
+    torch may not be there yet: of a GPU one class, of the CPU a RuntimeError like any other."""
+    told = str(error).split("\n")[0].split(". ")[0]
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"the GPU's memory is full ({told})"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"there is not enough memory ({told or 'Python could get no more'})"
+    return None
 
 
 def _listen_for_signals(verb: str) -> dict[int, Any]:

@@ -65,6 +65,11 @@ def reward(options: argparse.Namespace) -> None:
         raise ConfigError(f"--{name} is for a run's own stage and means nothing beside a file of votes")
     if not options.data.exists():
         raise DataError(f"{options.data}: there is no such file")
+    if options.health is not None:
+        given = {"from": options.start, "out": options.out, "minutes": options.minutes, "seed": options.seed}
+        given |= {name: getattr(options, name) for name in ("lora", "layers", "folds", "context")}
+        if useless := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"--{useless[0]} is for training, and --health only measures; leave it out")
     from stateofgpt.recipes import votes
 
     if options.health is not None:
@@ -211,9 +216,11 @@ def logprobs(options: argparse.Namespace) -> None:
 
 
 def _text_of(file: Path) -> str:
-    """A file's bytes as UTF-8, what is none replaced."""
+    """A file's text, which must be UTF-8: what was put in place of other bytes would be scored, and not the file."""
     try:
-        text = file.read_bytes().decode("utf-8", "replace")
+        text = file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no UTF-8 text (byte {error.start}); convert it first") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from None
     if not text:
@@ -303,4 +310,6 @@ def tree(options: argparse.Namespace) -> None:
     """The tree of models."""
     from stateofgpt.report.tree import print_tree
 
+    if options.folder != Path("runs") and not options.folder.is_dir():
+        raise DataError(f"{options.folder} is no folder of runs; leave it out for runs/")
     print_tree(options.folder)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 
 from stateofgpt.cli import STAGE_VERBS, main
 from stateofgpt.config import apply_overrides, to_dict
@@ -237,12 +238,19 @@ def test_report_improve_and_runs_find_their_run(fakes: Fakes, capsys: pytest.Cap
         ("report nothing", 'there is no run "nothing"'),
         ("sample nobody:rl", 'there is no run "nobody"'),
         ("sample m --n 0", "whole number from 1"),
+        ("reward --health m data --lora 4", "--lora is for training, and --health only measures"),
+        ("reward --health m data --minutes 4", "--minutes is for training"),
+        ("plan --talk --params 7B", "--talk is a table of its own and takes no --params"),
+        ("runs nowhere", "nowhere is no folder of runs"),
+        ("sample begun", '"begun" is a run that has no model yet'),
         ("logprobs m", "--text"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
     fakes: Fakes, capsys: pytest.CaptureFixture[str], words: str, says: str
 ) -> None:
+    Path("data").touch()
+    Run.open("begun", "debug", {}, 0).close()
     assert main(words.split()) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
@@ -275,6 +283,24 @@ def test_an_unknown_model_is_answered_with_the_known_ones(fakes: Fakes, capsys: 
             "error: disk full; free some space, and the same command continues\n",
         ),
         (PermissionError(13, "Permission denied", "x"), 2, "error: x: permission denied\n"),
+        (
+            MemoryError(),
+            2,
+            "error: there is not enough memory (Python could get no more); free some, or ask for less: a smaller "
+            "model, fewer rows, a shorter context\n",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+            2,
+            "error: there is not enough memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried "
+            "to allocate 9 bytes.); free some, or ask for less: a smaller model, fewer rows, a shorter context\n",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ..."),
+            2,
+            "error: the GPU's memory is full (CUDA out of memory); free some, or ask for less: a smaller model, fewer "
+            "rows, a shorter context\n",
+        ),
     ],
 )
 def test_what_ends_a_verb_becomes_its_exit_code(
@@ -452,7 +478,7 @@ def test_logprobs_of_a_file_are_its_bits_per_byte_read_in_parts(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "text.txt"
-    file.write_bytes(b"abc\xff")
+    file.write_text("abc\ufffd", encoding="utf-8")
     assert main(["logprobs", str(model), "--file", str(file)]) == 0
     told = json.loads(capsys.readouterr().out)
     nats = sum("abc\ufffd".encode())  # the engine above: a token costs its id; every token is scored once
@@ -466,11 +492,16 @@ def test_logprobs_of_a_file_are_its_bits_per_byte_read_in_parts(
     }
 
 
-def test_logprobs_of_an_empty_or_absent_file_is_one_sentence(
+def test_logprobs_of_a_file_that_cannot_be_scored_is_one_sentence(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").touch()
-    for name, says in (("empty.txt", "is empty"), ("none.txt", "cannot be read")):
+    (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
+    for name, says in (
+        ("empty.txt", "is empty"),
+        ("none.txt", "cannot be read"),
+        ("latin.txt", "no UTF-8 text (byte 1)"),
+    ):
         assert main(["logprobs", str(model), "--file", str(tmp_path / name)]) == 2
         assert says in capsys.readouterr().err
 

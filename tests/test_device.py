@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from twin_device import twin
 
 from stateofgpt.errors import ConfigError
-from stateofgpt.model.device import choose_device
+from stateofgpt.model.device import choose_device, wait
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.train.loop import LoopConfig, Trainer
 from stateofgpt.train.loss import Batch, LanguageModelLoss
@@ -31,10 +31,18 @@ def test_without_a_gpu_the_device_is_the_cpu_and_others_are_refused_by_name(twin
         with pytest.raises(ConfigError, match="'cuda:3' is not on this machine"):
             choose_device("cuda:3")
     assert choose_device("cpu") == "cpu"
-    assert choose_device(twin) == twin
-    for wrong in ("gpu", "meta", "twin:1", ""):
+    assert choose_device(twin) == choose_device(f"{twin}:0") == twin
+    for wrong in ("gpu", "meta", "twin:1", "mps", ""):
         with pytest.raises(ConfigError, match="device"):
             choose_device(wrong)
+
+
+def test_every_device_but_the_cpu_is_waited_for(twin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[object] = []
+    monkeypatch.setattr(torch.get_device_module(twin), "synchronize", waited.append)
+    for device in ("cpu", twin, torch.device(twin, 0)):
+        wait(device)
+    assert waited == [twin, torch.device(twin, 0)]
 
 
 def test_the_twin_tells_tensors_of_two_devices_apart(twin: str) -> None:

@@ -104,6 +104,6 @@ def test_the_cpus_shapes_are_what_they_were() -> None:
     assert sizes == sorted(sizes) and 1.4e9 < sizes[-1] < 1.6e9
 
 
-def test_a_real_trial_gives_rates_and_its_steps_change_nothing_that_counts(twin: str) -> None:
+def test_a_real_trial_gives_the_rates_of_the_rows_it_tried(twin: str) -> None:
     made = fill_shape(dial.shape(64, 1, 64, 16), "float32", 16, 1, twin, run_seconds=1e4, within=0.2)
     assert made is not None and made.rate > 0 and str(made.rows) in made.rates

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -106,6 +107,17 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+
+
+def test_a_ladder_begun_when_every_size_had_the_same_steps_goes_on(climbed: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(climbed, tmp_path / "ladder")
+    (tmp_path / "ladder" / "rungs" / "result.json").unlink()
+    decisions = tmp_path / "ladder" / "rungs" / "decisions.json"
+    kept = json.loads(decisions.read_text())
+    kept["plan"]["steps"] = 4
+    decisions.write_text(json.dumps(kept))
+    make(tiny(text), tmp_path / "ladder")
+    assert (tmp_path / "ladder" / LADDER).read_bytes() == (climbed / LADDER).read_bytes()
 
 
 def test_the_picture_is_one_page_with_nothing_from_elsewhere_and_the_same_bytes_every_time(climbed: Path) -> None:
@@ -224,6 +236,8 @@ def test_the_pretrain_stage_goes_by_the_law_beside_its_run_and_records_it(
     [
         ({"sizes": ("64x1", "64x2")}, "2 sizes and 3 lengths cannot be fitted"),
         ({"multiples": (1, 2)}, "4 sizes and 2 lengths"),
+        ({"multiples": ()}, "4 sizes and 0 lengths"),
+        ({"multiples": (0, 1, 2)}, "a length of 0 parts is none"),
         ({"sizes": ("64x1", "64x2", "big")}, '"big" is no size'),
         ({"sizes": ("64x1", "64x2", "100x2")}, '"100x2" is no size'),
         ({"steps": 5}, "either seconds or steps"),
@@ -251,6 +265,13 @@ def test_too_little_time_is_told_with_the_time_that_is_needed(climbed: Path, mon
         assert seconds[size] * (7 * (made["steps"][size] + 1) + looks) > 100 * 0.92
 
 
-def test_the_verb_refuses_an_unknown_setting_and_a_missing_corpus(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ladder", "--ladder.rungs", "3"]) == 2
-    assert "unknown setting" in capsys.readouterr().err
+def test_the_verb_refuses_an_unknown_setting_a_missing_corpus_and_a_model_to_begin_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, says in (
+        (["--ladder.rungs", "3"], "unknown setting"),
+        (["--corpus", str(tmp_path / "nowhere")], "there is no corpus"),
+        (["--from", "laptop:rl"], "begin from nothing; leave --from out"),
+    ):
+        assert main(["ladder", "--out", str(tmp_path / "ladder"), *words]) == 2
+        assert says in capsys.readouterr().err

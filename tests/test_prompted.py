@@ -80,6 +80,9 @@ def test_a_file_of_prompts_and_two_models_are_enough_and_a_kill_changes_nothing(
     result = read_json(tmp_path / "whole" / "rl" / "result.json")
     assert result["iterations"] == 3 and result["n"] == 6 and {"score_before", "score_after", "kl"} <= result.keys()
     assert "true_sft" not in result and (tmp_path / "whole" / "report.html").exists()
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "the score of a judge, which it never saw, goes from" in page and "KL to the model it began with" in page
+    assert "SFT" not in page and "True score" not in page and "from text to" not in page
     curve = [row for row in metrics(tmp_path / "whole") if "proxy_reward" in row]
     assert [row["step"] for row in curve] == [1, 2, 3] and curve[0]["kl"] == pytest.approx(0.0, abs=1e-5)
     assert not any(torch.equal(a, b.detach()) for a, b in zip(policy(tmp_path / "whole"), small(0).parameters(),
@@ -112,6 +115,8 @@ def test_a_file_of_prompts_and_two_models_are_enough_and_a_kill_changes_nothing(
         (("--rl.reward", "verified"), "no right answer"),
         (("--context", 8), "no room"),
         (("--context", 9), "leave room for an answer"),
+        (("--context", 999, "--rl.max_tokens", 128), "reads 128 tokens at once, which leaves no room"),
+        (("--rl.held_out_prompts", 0), "rl.held_out_prompts is 0, must be at least 1"),
         (("--device", "cuda:7"), "'cuda:7' is not on this machine"),
     ],
 )
@@ -121,6 +126,14 @@ def test_what_cannot_be_done_is_one_sentence(
     assert climb(place, tmp_path / "run", *more) == 2
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()  # so that the mended command can have its name
+
+
+def test_the_reward_model_is_no_judge_of_its_own_policy(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert climb(place, tmp_path / "run", "--judge", place / "reward") == 2
+    assert "--judge is the reward model itself" in capsys.readouterr().err
 
 
 def test_prompts_are_read_in_every_form_and_none_twice(tmp_path: Path) -> None:
@@ -132,7 +145,13 @@ def test_prompts_are_read_in_every_form_and_none_twice(tmp_path: Path) -> None:
     assert read_questions(path) == [(Message("user", "Hello"),), whole]
     path.write_text("\n".join(json.dumps({"prompt": f"{i % 3}?", "chosen": "x", "rejected": "y"}) for i in range(9)))
     assert read_questions(path) == [(Message("user", f"{i}?"),) for i in range(3)]
-    for wrong, said in (('{"text": "x"}', "neither prompt nor messages"), ('{"prompt": ""}', "empty"), ("{", ":1: ")):
+    vote = '{"prompt": "a", "chosen": "x", "rejected": "y"}'
+    for wrong, said in (
+        ('{"text": "x"}', "neither prompt nor messages"), ('{"prompt": ""}', "empty"), ("{", ":1: "),
+        ('[{"prompt": "a"}, 7]', r"\[1\]: the row is a JSON number, it must be an object"),
+        ('{"prompt": "a"}\n' + vote, ":2: this row is a vote"),
+        (vote + '\n{"prompt": "a"}\n{"prompt": "b"}', "more than half .* are no votes"),
+    ):  # fmt: skip
         path.write_text(wrong)
         with pytest.raises(DataError, match=said):
             read_questions(path)

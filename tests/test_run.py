@@ -493,3 +493,30 @@ def test_seconds_add_up_over_attempts_that_ended_in_errors(tmp_path: Path, monke
 
 def test_the_stages_are_the_pipeline_in_order() -> None:
     assert STAGES == ("collect", "tokenize", "pretrain", "sft", "reward", "rl", "eval", "arena")
+
+
+# ------------------------------------------------------------------------------------------------------ first mistakes
+
+
+def test_a_mistake_before_anything_is_done_leaves_no_run_and_the_mended_command_begins_one(tmp_path: Path) -> None:
+    def fails(root: Path, error: BaseException, *done: str) -> None:
+        with pytest.raises(type(error)), opened(root, wrong=True) as run, run.stage("rl").timed():
+            run.stage("rl").decide("device", lambda: {"device": "cpu"})
+            for name in done:
+                run.stage("rl").log(1, loss=1.0) if name == "step" else (run.root / name).touch()
+            raise error
+
+    fails(tmp_path / "a", RunError("a file is missing"))
+    assert not (tmp_path / "a").exists()
+    opened(tmp_path / "a").close()
+    (tmp_path / "theirs").mkdir()
+    fails(tmp_path / "theirs", RunError("again"))
+    assert os.listdir(tmp_path / "theirs") == []
+    for number, (error, done) in enumerate([
+        (RunError("late"), ["step"]), (RunError("late"), ["notes"]), (KeyboardInterrupt(), []), (ValueError("bug"), []),
+    ]):  # fmt: skip
+        fails(tmp_path / f"kept{number}", error, *done)
+        assert (tmp_path / f"kept{number}" / "run.json").exists()
+    with pytest.raises(RunError), opened(tmp_path / "kept2", wrong=True):
+        raise RunError("of a run that was there before")
+    assert (tmp_path / "kept2" / "run.json").exists()

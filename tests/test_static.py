@@ -263,6 +263,9 @@ def test_what_the_device_cannot_do_is_refused_in_one_sentence(twin: str) -> None
     with pytest.raises(ModelError, match=r"on twin:0 the cache has the precision of the weights, float32: leave"):
         Engine(make_model().to(twin), weights="float32", cache="bfloat16")
     assert Engine(make_model().to(twin), cache="bfloat16")._decoder.dtype == torch.bfloat16
+    with pytest.raises(ModelError, match=r"without the native path, .* the cache has the precision of the weights"):
+        Engine(make_model(), cache="bfloat16")
+    assert Engine(make_model(), weights="bfloat16", cache="bfloat16")._decoder.dtype == torch.bfloat16
 
 
 def test_a_sum_that_wavers_never_draws_what_must_not_be_drawn(twin: str, monkeypatch: pytest.MonkeyPatch) -> None:

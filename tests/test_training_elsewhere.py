@@ -17,7 +17,7 @@ from twin_device import twin
 
 from stateofgpt.data.batches import PretrainBatches
 from stateofgpt.data.demonstrations import DemonstrationConfig
-from stateofgpt.errors import RunError
+from stateofgpt.errors import ConfigError, RunError
 from stateofgpt.model.checkpoint import load_model
 from stateofgpt.model.gpt import GPT
 from stateofgpt.run import Run
@@ -164,6 +164,12 @@ def test_a_run_for_a_device_that_is_not_here_says_so_in_one_sentence(tokenized: 
             with pytest.raises(RunError, match=r"this run computes on cuda.* no such device.*--out") as refused:
                 go_on()
             assert "\n" not in str(refused.value)
+
+
+def test_kernels_of_the_cpu_are_refused_elsewhere_and_not_left_out_in_silence(twin: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--pretrain.fused true is the CPU's, and this run trains on {twin}"):
+        decision.plan_new(base(twin, fused=True), 300, tmp_path)
+    assert decision.plan_new(base(twin, fused=False), 300, tmp_path)["fused"] is False
 
 
 def test_what_is_not_set_leaves_plan_and_configuration_as_they_were(tmp_path: Path) -> None:

@@ -118,8 +118,14 @@ def object_of(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as failure:
         raise DataError("not JSON that can be read: it nests too deeply or holds a number too long") from failure
     if not isinstance(row, dict):
-        raise DataError(f"the row is a JSON {type(row).__name__}, it must be an object")
+        raise no_object(row)
     return row
+
+
+def no_object(row: Any) -> DataError:
+    """What is said of a row that is some other JSON."""
+    names = {list: "list", str: "text", bool: "truth value", type(None): "null"}
+    return DataError(f"the row is a JSON {names.get(type(row), 'number')}, it must be an object")
 
 
 def ranking_from_row(row: Mapping[str, Any]) -> Ranking:

@@ -29,6 +29,8 @@ def read_questions(path: Path | str) -> list[Conversation]:
     found: dict[str, Conversation] = {}
     for place, row in each_row(path):
         if _is_vote(row):
+            if found:
+                raise DataError(f"{path}:{place}: this row is a vote, and those before it are prompts; divide the file")
             return _of_votes(path)
         try:
             prompt = _prompt(row)
@@ -65,7 +67,10 @@ def _prompt(row: Any) -> Conversation:
 
 
 def _of_votes(path: Path) -> list[Conversation]:
-    found = {text_key(r.prompt): r.prompt for r in read_comparisons(path).rankings if r.prompt[-1].role == "user"}
+    votes = read_comparisons(path)
+    if 2 * votes.n_faults > votes.n_rows:
+        raise DataError(f"more than half of the rows of {path} are no votes; the first: {votes.faults[0]}")
+    found = {text_key(r.prompt): r.prompt for r in votes.rankings if r.prompt[-1].role == "user"}
     if not found:
         raise DataError(f"no prompt of {path} ends with a message of the user, so there is nothing to answer")
     return list(found.values())

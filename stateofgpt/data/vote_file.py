@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from stateofgpt.data.comparisons import MAX_LINE_BYTES, Ranking, object_of
+from stateofgpt.data.comparisons import MAX_LINE_BYTES, Ranking, no_object, object_of
 from stateofgpt.data.documents import bounded_lines
 from stateofgpt.data.preferences import text_key
 from stateofgpt.data.votes import Thumb, form_of, pair_up, vote_from_row
@@ -78,8 +78,6 @@ def read_comparisons(path: Path | str) -> Comparisons:
         try:
             if isinstance(row, DataError):
                 raise row
-            if not isinstance(row, dict):
-                raise DataError(f"the row is a JSON {type(row).__name__}, it must be an object")
             vote = vote_from_row(row)
         except DataError as fault:
             n_faults += 1
@@ -112,14 +110,14 @@ def each_row(path: Path) -> Iterator[tuple[str, Any]]:
             file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if packed else raw
             whole = _list_in(file, path)
             if whole is not None:
-                yield from ((f"[{i}]", row) for i, row in enumerate(whole))
+                yield from ((f"[{i}]", row if isinstance(row, dict) else no_object(row)) for i, row in enumerate(whole))
                 return
             file.seek(0)
             yield from _lines(file, path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as failure:
         raise DataError(f"{path} is cut short or damaged: it cannot be unpacked; fetch it again") from failure
     except OSError as failure:
-        raise DataError(f"cannot read the votes {path}: {failure.strerror or failure}") from failure
+        raise DataError(f"cannot read {path}: {failure.strerror or failure}") from failure
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:

@@ -43,13 +43,12 @@ def make_decoder(
         )
     usual = torch.float32 if device.type == "cpu" else torch.bfloat16
     chosen = {"bfloat16": torch.bfloat16, "float32": dtype or torch.float32, None: dtype or usual}[weights]
-    if device.type == "cpu":
-        return Decoder(model, chosen, max_context)
     if cache is not None and getattr(torch, cache) != chosen:
         own = str(chosen).removeprefix("torch.")
-        raise ModelError(
-            f"on {device} the cache has the precision of the weights, {own}: leave cache out, or ask for both"
-        )
+        where = "without the native path, which needs a C compiler," if device.type == "cpu" else f"on {device}"
+        raise ModelError(f"{where} the cache has the precision of the weights, {own}: leave cache out, or ask for both")
+    if device.type == "cpu":
+        return Decoder(model, chosen, max_context)
     if device.type != "cuda":
         return StaticDecoder(model, chosen, max_context, as_it_is)
     from stateofgpt.infer import paged  # and Triton with it

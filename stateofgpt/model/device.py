@@ -20,7 +20,8 @@ CPU = "cpu"
 def choose_device(asked: str | None = None) -> str:
     """The device that was asked for; without one the first GPU that CUDA has, else the CPU.
 
-    Raises ConfigError for one that this machine (or this build of torch) does not have.
+    Raises ConfigError for one that this machine (or this build of torch) does not have, or that has no float64, in
+    which losses are added up and drawn ids come back. The first of a kind goes by the kind's name alone.
     """
     if asked is None:
         asked = "cuda" if torch.cuda.is_available() else CPU
@@ -30,6 +31,8 @@ def choose_device(asked: str | None = None) -> str:
         raise ConfigError(f"there is no device {asked!r}: name cpu, cuda, or one of several as cuda:1") from None
     if device.type == CPU:
         return CPU
+    if device.type == "mps":
+        raise ConfigError("device 'mps' has no numbers of 64 bits, which are needed here; leave it out, or take cpu")
     try:
         have = torch.get_device_module(device)
         count = have.device_count() if have.is_available() else 0
@@ -40,13 +43,13 @@ def choose_device(asked: str | None = None) -> str:
         raise ConfigError(f"device {asked!r} is not on this machine: {found}; leave it out, or take cpu")
     if device.type == "cuda":  # before anything asks cuBLAS for a workspace: see in_order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return str(device)
+    return str(device) if device.index else device.type
 
 
 def wait(device: torch.device | str) -> None:
     """Return when `device` has done all that it was asked to do: before a clock is read. The CPU always has."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    if (kind := torch.device(device).type) != CPU:
+        torch.get_device_module(kind).synchronize(device)
 
 
 @contextmanager

@@ -46,6 +46,8 @@ class Form:
     def misfit(self, width: int) -> str:
         """Why there is no such model of this width; empty where there is one."""
         heads = width // HEAD_DIM
+        if heads < 1:
+            return f"a width of {width} is below {HEAD_DIM}, the size of a head"
         if self.kv_heads is not None and heads % self.kv_heads:
             return f"kv_heads is {self.kv_heads}, and a width of {width} has {heads} heads, which is no multiple of it"
         if self.arch != "qwen3" and width % HEAD_DIM:

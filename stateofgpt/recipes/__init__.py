@@ -30,8 +30,12 @@ def load(
     overrides: Mapping[str, str],
     model: Path | None = None,
 ) -> Recipe:
-    """The recipe `name` with the user's minutes, seed, texts and dotted overrides; from a model, where one is given."""
+    """The recipe `name` with the user's minutes, seed, texts and dotted overrides; from a model, where one is given.
+
+    Raises ConfigError for what a setting cannot be.
+    """
     from stateofgpt.config import apply_overrides
+    from stateofgpt.recipes.limits import check
 
     module = import_module(f"stateofgpt.recipes.{name}")
     made: Any = module.recipe(minutes)
@@ -44,6 +48,7 @@ def load(
             raise ConfigError(f"the recipe {name} reads no texts; leave --corpus out")
         made = replace(made, collect=replace(made.collect, corpus=tuple(str(path.resolve()) for path in corpus)))
     chosen: Recipe = apply_overrides(replace(made, seed=seed), overrides)
+    check(chosen)
     return chosen
 
 

@@ -47,6 +47,8 @@ def recipe(minutes: float | None = None) -> Ladder:
 
 def climb(options: Namespace) -> None:
     """The verb: train what is not trained yet in `--out`, fit, and say what came out."""
+    if options.start is not None:
+        raise ConfigError("the models of a ladder begin from nothing; leave --from out")
     made: Any = load(
         "ladder",
         minutes=options.minutes,

@@ -19,6 +19,7 @@ from stateofgpt.data.demonstrations import read_demonstrations
 from stateofgpt.data.documents import Account, find_files
 from stateofgpt.data.vote_file import read_comparisons
 from stateofgpt.errors import ConfigError, RunError
+from stateofgpt.model.device import choose_device
 from stateofgpt.recipes.recipe import Recipe
 from stateofgpt.recipes.summary import write_summary
 from stateofgpt.report.build import build
@@ -50,7 +51,7 @@ def execute(recipe: Recipe, out: Path, only: str | None = None) -> None:
         raise ConfigError(f"the recipe {recipe.name} reads no text but yours; give it one with --corpus FILE")
     console = Console(highlight=False)
     if only is None:
-        _check_own_files(recipe, Run.read(out) if (out / "run.json").is_file() else None)
+        _check_own(recipe, Run.read(out) if (out / "run.json").is_file() else None)
     with Run.open(out, recipe.name, to_dict(recipe), recipe.seed) as run:
         for name in order if only is None else (only,):
             _require_earlier(run, name, order)
@@ -84,15 +85,17 @@ def _is_told(run: Run) -> bool:
     return len(told) == 2 and min(told) >= max(results, default=0.0)
 
 
-def _check_own_files(recipe: Recipe, run: Run | None) -> None:
-    """Read the user's demonstrations, rankings and model now: a mistake in them must not show after minutes of
-    training, nor leave a run behind that never began."""
+def _check_own(recipe: Recipe, run: Run | None) -> None:
+    """Look at the user's demonstrations, rankings, model and device now: a mistake in them must not show after minutes
+    of training."""
     done = {stage.name for stage in run.stages() if stage.done} if run is not None else set()
     done |= set(STAGES) - set(recipe.order())
     if "collect" not in done:
         find_files(recipe.collect.corpus, Account())
-    if "pretrain" not in done and recipe.pretrain.parent is not None:
-        parent.check(Path(recipe.pretrain.parent))
+    if "pretrain" not in done:
+        choose_device(recipe.pretrain.device)
+        if recipe.pretrain.parent is not None:
+            parent.check(Path(recipe.pretrain.parent))
     if "sft" not in done:
         for file in recipe.sft.files:
             read_demonstrations(Path(file))

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from stateofgpt.config import apply_overrides, to_dict
 from stateofgpt.recipes.continued import BATCH, SAVE_EVERY_S, gentle, is_large
+from stateofgpt.recipes.limits import check
 from stateofgpt.report.build import build
 from stateofgpt.rl.optimization import UpdateConfig
 from stateofgpt.run import Run, write_json
@@ -35,7 +36,10 @@ def settings(
     minutes: float | None,
     overrides: Mapping[str, str],
 ) -> prompted.Config:
-    """What a training begins with, with the user's dotted overrides: of `minutes`, else of some iterations."""
+    """What a training begins with, with the user's dotted overrides: of `minutes`, else of some iterations.
+
+    Raises ConfigError for what a setting cannot be.
+    """
     ppo = gentle(UpdateConfig(part_tokens=PART_TOKENS), is_large(model))
     seconds = None if minutes is None else minutes * 60.0
     config = rl.Config(
@@ -51,7 +55,9 @@ def settings(
         device=device,
         rl=config,
     )
-    return apply_overrides(made, overrides)
+    chosen = apply_overrides(made, overrides)
+    check(chosen)
+    return chosen
 
 
 def train(config: prompted.Config, out: Path, seed: int) -> dict[str, Any]:

@@ -175,15 +175,31 @@ def _ranking(example: dict[str, Any]) -> Markup:
 # --- reinforcement learning --------------------------------------------------------------------------------------
 
 
-def _how(algorithm: str, verified: bool) -> str:
+def _how(algorithm: str, verified: bool, began: str) -> str:
     """By what the policy learned, in words."""
     if algorithm == "ppo" and not verified:
-        return "PPO against the reward model, held near the SFT model by a KL penalty"
+        return f"PPO against the reward model, held near {began} by a KL penalty"
     if algorithm in ("dpo", "ipo", "kto"):
         return f"{algorithm.upper()} on ranked answers, without sampling"
     names = {"dr_grpo": "Dr. GRPO", "best_of_n": "Finetuning on the best of n", "rejection": "Rejection sampling"}
     name = names.get(algorithm, pages.clean(algorithm, 20).upper())
     return f"{name} against {'answers known to be right' if verified else 'the reward model'}"
+
+
+def _gain(result: Mapping[str, Any]) -> str:
+    """What came of it on held-out prompts, by the true score, or where people's prompts have none by who judged."""
+    names, who = ("true_sft", "true_rl"), "the true score, which it never saw,"
+    if "score_before" in result:
+        alone = str(mapping(result.get("guards")).get("judge", "nobody")).startswith("nobody")
+        names, who = (
+            ("score_before", "score_after"),
+            "its reward" if alone else "the score of a judge, which it never saw,",
+        )
+    before, after, p = (number(result.get(key)) for key in (*names, "p_value"))
+    if before is None or after is None:
+        return ""
+    told = f": {who} goes from {decimal(before, 3)} to {decimal(after, 3)} on held-out prompts"
+    return told + (f" (paired test, p\u00a0{probability(p)})" if p is not None else "")
 
 
 def reinforcement(record: Record) -> Section:
@@ -193,13 +209,9 @@ def reinforcement(record: Record) -> Section:
         gap = pages.missing("No policy has been trained.", f"sog rl --out {record.name}")
         return Section(id_, title, "Tokens that scored well become likelier.", gap, "rl")
     result = record.part("rl")
-    before, after, p = (number(result.get(key)) for key in ("true_sft", "true_rl", "p_value"))
     verified = result.get("reward") == "verified"
-    finding = _how(str(result.get("algorithm", "ppo")), verified)
-    if before is not None and after is not None:
-        finding += f": the true score, which it never saw, goes from {decimal(before, 3)} to {decimal(after, 3)}"
-        finding += f" on held-out prompts (paired test, p\u00a0{probability(p)})" if p is not None else ""
-    finding += "."
+    began = "the SFT model" if "sft" in record.order else "the model it began with"
+    finding = _how(str(result.get("algorithm", "ppo")), verified, began) + _gain(result) + "."
     if stopped := pages.clean(result.get("stopped") or "", 200).rstrip("."):
         finding += f" It stopped early: {stopped}."
     if given_up := pages.clean(result.get("given_up") or "", 200).rstrip("."):
@@ -207,7 +219,7 @@ def reinforcement(record: Record) -> Section:
     charts = [
         ("Reward: share of right answers" if verified else "Reward by the reward model", "proxy_reward"),
         ("True score", "true_score"),
-        ("KL to the SFT model, nats", "kl"),
+        (f"KL to {began}, nats", "kl"),
         ("Entropy, nats per token", "entropy"),
         ("Tokens per answer", "length"),
     ]

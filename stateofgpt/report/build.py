@@ -121,11 +121,12 @@ def _head(record: Record, title: str) -> Markup:
         intro = "From votes on pairs of answers to a model that predicts them, and what of that can be trusted."
     if _of_prompts(record):
         intro = "From prompts and a reward model to a policy that earns more of it, and how far it went for that."
+    time = "in all" if len(record.order) == 1 else LAST_FIGURE["rl" in record.order]
     figures = [
         (count(number(trained.get("n_params"))), "parameters"),
         (count(number(trained.get("tokens"))), "tokens read"),
         (decimal(number(trained.get("val_bpb"))), "bits per byte, held out"),
-        (duration(_total(record)) if record.seconds or record.summary else "–", LAST_FIGURE["rl" in record.order]),
+        (duration(_total(record)) if record.seconds or record.summary else "–", time),
     ]
     cells = Markup("").join(Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(n, v) for v, n in figures if v != "–")
     examples = assistants.examples_of(record)

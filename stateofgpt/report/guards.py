@@ -16,6 +16,7 @@ from stateofgpt.report.record import Record, mapping, number
 def looks(record: Record) -> Markup:
     """Reward and judge on the same held-out prompts, look by look; nothing where there was no look."""
     told = mapping(record.result("rl").get("guards"))
+    others = "SFT’s" if "sft" in record.order else "the first model’s"
     charts = [
         line_chart(
             [
@@ -27,7 +28,7 @@ def looks(record: Record) -> Markup:
         ),
         line_chart(
             [Series("share won", record.curve("rl", "held_out_won"), "c-rl")],
-            title="Held-out answers better than SFT’s, ties as half",
+            title=f"Held-out answers better than {others}, ties as half",
             x_name="step",
             y_low=0.0,
             y_high=1.0,
@@ -43,7 +44,7 @@ def looks(record: Record) -> Markup:
             f"trains on, judged by {pages.clean(told.get('judge', ''), 200)}: best at iteration "
             f"{count(number(told.get('best_step')))} with {decimal(number(told.get('score_best')))}, "
             f"{decimal(number(told.get('score_last')))} at the last, where {percent(number(told.get('won_last')))} of "
-            "the answers were better than SFT’s."
+            f"the answers were better than {others}."
         )
     head = Markup("<h3>What the guards saw</h3>")
     return head + figures + (pages.paragraph(words, "note") if words else Markup(""))

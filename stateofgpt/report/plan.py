@@ -51,10 +51,12 @@ class Asked:
 
 def plan(options: Namespace) -> None:
     """Print the plan for the one budget among the options."""
+    given = [name for name in BUDGETS if getattr(options, name) is not None]
     if options.talk:
+        if given:
+            raise ConfigError(f"--talk is a table of its own and takes no --{given[0]}; leave one of the two out")
         talk(options.utilisation or UTILISATION, as_json=options.json)
         return
-    given = [name for name in BUDGETS if getattr(options, name) is not None]
     if len(given) != 1:
         ways = "--minutes N, --flops F, --dollars D --gpu NAME, or --params N (or --talk for the talk's table)"
         raise ConfigError(f"a plan needs one budget, not {' and '.join(given) or 'none'}; give one of {ways}")

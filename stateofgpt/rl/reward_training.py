@@ -125,7 +125,7 @@ def score_ids(
         prompts, same = lengths, list(range(len(rows)))
     else:
         same = [known.setdefault(tuple(row[:n]), len(known)) for row, n in zip(rows, prompts, strict=True)]
-    out = [0.0] * len(rows)
+    order, found = list[int](), list[Tensor]()
     for part in parts_of(lengths, prompts, same, at_once, tokens):
         chosen = [rows[i] for i in part]
         ends = torch.tensor([lengths[i] for i in part])
@@ -138,9 +138,10 @@ def score_ids(
             ids = pad(chosen, pad_id, model.config.max_position_embeddings).to(device, non_blocking=True)
             places = torch.arange(len(part)).to(device), (ends - 1).to(device, non_blocking=True)
             read = exact.hidden(model, ids)[places]
-        for i, score in zip(part, model.score(read).squeeze(-1).cpu().tolist(), strict=True):
-            out[i] = score
-    return out
+        order += part
+        found.append(model.score(read).squeeze(-1))
+    scores = torch.cat(found).tolist() if found else []  # waited for once
+    return [score for _, score in sorted(zip(order, scores, strict=True))]
 
 
 def score_rankings(

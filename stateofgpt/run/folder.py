@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from stateofgpt.config import suggestion
-from stateofgpt.errors import RunError
+from stateofgpt.errors import RunError, StateOfGptError
 from stateofgpt.run.files import make_folder, plain, read_json, write_json
 from stateofgpt.run.lock import Lock
 from stateofgpt.run.stage import STAGES, Stage
+
+BEGINNINGS = (".lock", "run.json", "decisions.json", "seconds.json")  # what a run has that has not done anything yet
 
 
 @dataclass
@@ -29,6 +32,8 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     _lock: Lock | None = field(default=None, repr=False)
     _stages: dict[str, Stage] = field(default_factory=dict, repr=False)
+    _new: bool = field(default=False, repr=False)  # begun by this opening
+    _made: bool = field(default=False, repr=False)  # and so was its folder
 
     @classmethod
     def open(
@@ -40,6 +45,7 @@ class Run:
         what is under them, may differ), something that is no run, or when another process works in it.
         """
         root = Path(root)
+        made = not root.exists()
         make_folder(root)
         asked = json.loads(json.dumps(plain({"recipe": recipe, "seed": seed, "config": dict(config)})))
         path = root / "run.json"
@@ -50,11 +56,12 @@ class Run:
         try:
             for leftover in root.rglob(".*.tmp"):  # of killed processes: we hold the lock
                 leftover.unlink(missing_ok=True)
-            if path.exists():
-                _refuse_another(root, _read_run(path), asked, ignore_keys)
-            else:
+            new = not path.exists()
+            if new:
                 write_json(path, asked)
-            return cls(root, recipe, seed, _read_run(path)["config"], lock)
+            else:
+                _refuse_another(root, _read_run(path), asked, ignore_keys)
+            return cls(root, recipe, seed, _read_run(path)["config"], lock, _new=new, _made=made)
         except BaseException:
             lock.release()
             raise
@@ -79,8 +86,20 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """A new run that ends by a mistake of the user's before anything was done leaves no folder: the mended command
+        would be another configuration, and would be refused."""
+        if self._new and isinstance(error, StateOfGptError):
+            self._forget()
         self.close()
+
+    def _forget(self) -> None:
+        paths = sorted(self.root.rglob("*"), reverse=True)  # what is in a folder before the folder
+        if any(path.is_symlink() or not (path.is_dir() or path.name in BEGINNINGS) for path in paths):
+            return
+        with suppress(OSError):
+            for path in (*paths, *([self.root] if self._made else [])):
+                path.rmdir() if path.is_dir() else path.unlink()
 
     def stage(self, name: str) -> Stage:
         """The stage's folder; the same object every time."""

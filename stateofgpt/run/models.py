@@ -34,13 +34,15 @@ def resolve_model(spec: str, runs_dir: Path = RUNS) -> Path:
     name, colon, stage = spec.rpartition(":")
     if not colon:
         for run in _find_run(spec, runs_dir):
-            raise RunError(f'"{spec}" is a run; say which of its models: {_models_of(run)}')
+            if models := _models_of(run):
+                raise RunError(f'"{spec}" is a run; say which of its models: {models}')
+            raise RunError(f'"{spec}" is a run that has no model yet; the command that began it goes on with it')
         where = "no config.json in that folder" if Path(spec).is_dir() else "no such folder"
         raise RunError(f'there is no model "{spec}" ({where}){_known_models(spec, runs_dir)}')
     for run in _find_run(name, runs_dir):
         if stage in STAGES and (run / stage / "checkpoint" / "config.json").is_file():
             return run / stage / "checkpoint"
-        raise RunError(f'{run} has no model "{stage}"; it has {_models_of(run)}')
+        raise RunError(f'{run} has no model "{stage}"; it has {_models_of(run) or "none yet"}')
     raise RunError(f'there is no run "{name}"{_known_models(spec, runs_dir)}')
 
 
@@ -70,7 +72,7 @@ def _find_run(name: str, runs_dir: Path) -> list[Path]:
 
 def _models_of(run: Path) -> str:
     names = [f"{run}:{stage}" for stage in STAGES if (run / stage / "checkpoint" / "config.json").is_file()]
-    return ", ".join(names) or "none yet"
+    return ", ".join(names)
 
 
 def _known_models(spec: str, runs_dir: Path) -> str:

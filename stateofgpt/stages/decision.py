@@ -40,7 +40,7 @@ def planned_device(plan: Mapping[str, Any]) -> str:
 
 def plan_new(c: Config, vocab_size: int, root: Path) -> dict[str, Any]:
     """For a model from nothing, of the run in the folder `root`."""
-    vocab, device = -(-vocab_size // 64) * 64, choose_device(c.device)
+    vocab, device = -(-vocab_size // 64) * 64, _device(c)
     if c.width is not None and c.layers is not None:
         config = c.form().shape(c.width, c.layers, vocab, c.context)
         return {"model": asdict(config), **_way_of_known(c, config, c.context, device)}
@@ -66,7 +66,7 @@ def plan_new(c: Config, vocab_size: int, root: Path) -> dict[str, Any]:
 
 def plan_for(c: Config, model: GPT) -> dict[str, Any]:
     """For a model that is there: precision and compilation, and how much of its context a row uses."""
-    shape_of, device = model.config, choose_device(c.device)
+    shape_of, device = model.config, _device(c)
     context = min(c.context, shape_of.max_position_embeddings)
     if device != CPU:
         return {"model": asdict(shape_of), **_way_of_known(c, shape_of, context, device), "context": context}
@@ -85,6 +85,13 @@ def plan_for(c: Config, model: GPT) -> dict[str, Any]:
         "rates": {},
         "context": context,
     }
+
+
+def _device(c: Config) -> str:
+    device = choose_device(c.device)
+    if c.fused and device != CPU:
+        raise ConfigError(f"--pretrain.fused true is the CPU's, and this run trains on {device}; leave one of them out")
+    return device
 
 
 def _way_of_known(c: Config, config: GPTConfig, context: int, device: str) -> dict[str, Any]:

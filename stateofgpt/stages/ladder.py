@@ -56,7 +56,9 @@ class Config:
         for size in self.sizes:
             if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) or int(size.split("x")[0]) % 64:
                 raise ConfigError(f'"{size}" is no size of a ladder; write width x layers, as 128x4, widths by 64')
-        if len(set(self.sizes)) < FEWEST_VALUES or len(set(self.multiples)) < FEWEST_VALUES or min(self.multiples) < 1:
+        if self.multiples and min(self.multiples) < 1:
+            raise ConfigError(f"a length of {min(self.multiples)} parts is none; --ladder.multiples are from 1")
+        if len(set(self.sizes)) < FEWEST_VALUES or len(set(self.multiples)) < FEWEST_VALUES:
             raise ConfigError(
                 f"a ladder of {len(set(self.sizes))} sizes and {len(set(self.multiples))} lengths cannot be fitted; "
                 f"give at least {FEWEST_VALUES} of each"
@@ -85,7 +87,10 @@ def run(config: Config, run: Run) -> dict[str, Any]:
         vocab = -(-tokenizer.vocab_size // 64) * 64
         shards = Shards.open(run.stage("tokenize").dir)
         plan = stage.decide("plan", lambda: _plan(config, vocab, len(shards.sources)))
-        rungs = [Rung(size, plan["steps"][size] * k) for size in plan["sizes"] for k in config.multiples]
+        steps = plan["steps"]
+        if isinstance(steps, int):  # of a ladder that was begun when every size had the same
+            steps = dict.fromkeys(plan["sizes"], steps)
+        rungs = [Rung(size, steps[size] * k) for size in plan["sizes"] for k in config.multiples]
         results = {rung: _train(config, run, rung, plan) for rung in rungs}
         result = _result(config, run, vocab, results)
         write_json(run.root / LADDER, result)

@@ -90,23 +90,35 @@ def run(config: Config, run: Run, tell: Callable[[str], None] = lambda line: Non
             if folder is not None:
                 _check_vocabulary(start, Path(folder))
         found = read_questions(config.prompts)
-        most = min(config.context, load_model(start).config.max_position_embeddings) - config.rl.max_tokens
+        most = _room(config, load_model(start).config.max_position_embeddings)
         fitting = [p for p in found if len(chat.render(p, add_generation_prompt=True).ids) <= most]
         told = f"{len(found):,} different prompts, {len(fitting):,} of at most {most} tokens"
         tell(f"{config.prompts}: {told}; on {way.device}")
         if len(fitting) < FEWEST:
             raise DataError(
                 f"{len(fitting)} prompts of {config.prompts} leave room for an answer, and at least {FEWEST} are "
-                "needed; add some, or raise --context"
+                "needed; add some, raise --context, or lower --rl.max_tokens"
             )
         asked = Questions(fitting, run.seed)
         usual = stage.decide("usual", lambda: _usual(config, run.seed, asked, chat, way))
         return _Prompted(config, run, stage, way, asked, usual).work()
 
 
+def _room(config: Config, context: int) -> int:
+    """Tokens that a prompt may have beside its answer, in a model of `context` tokens."""
+    if context <= config.rl.max_tokens:
+        raise ConfigError(
+            f"{config.model} reads {context} tokens at once, which leaves no room for a prompt beside --rl.max_tokens "
+            f"{config.rl.max_tokens}; lower that"
+        )
+    return min(config.context, context) - config.rl.max_tokens
+
+
 def _check_inputs(config: Config, stage: Stage) -> None:
     here = {"prompts": sha256_file(Path(config.prompts)), "model": read_lineage(config.model).id}
     here |= {name: read_lineage(f).id for name in ("reward", "judge") if (f := getattr(config, name)) is not None}
+    if here.get("judge") == here["reward"]:
+        raise ConfigError("--judge is the reward model itself; a judge is one that the policy never learns from")
     if (known := stage.decide("inputs", lambda: here)) != here:
         other = next(name for name in here | known if here.get(name) != known.get(name))
         raise RunError(f"the {other} given is not what this run began with; put that back, or choose another --out")
