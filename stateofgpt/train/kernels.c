@@ -75,9 +75,7 @@ static inline int64_t share(int64_t n, int64_t *first, int64_t *last) {
 
 #ifdef __AVX512F__ /* products of our own, and chains of passes over few tokens at a time */
 #include <immintrin.h>
-#ifndef QUERIES
-#define QUERIES 32
-#endif
+#define QUERIES 32 /* that attend together: `kernels.py` knows this too */
 #define TOKENS 64 /* that go through a chain of passes together */
 
 typedef uint32_t __attribute__((may_alias)) word;
@@ -139,6 +137,7 @@ static void add_up(float *sums, const float *others, int64_t size) {
 #define MADD(sum, x, y) ((sum) + (x) * (y))
 #define GET(p) (*(const lanes *)(p))
 #define PUT(p, low, high) (*(lanes *)(p) = (low), *(lanes *)((p) + 16) = (high))
+#include "lanes.h"
 #include "products.h"
 #include "tiles.h"
 int tiles_float32(void) { return 1; }
@@ -162,6 +161,7 @@ int tiles_float32(void) { return 1; }
 #define MADD(sum, x, y) ((lanes)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)(x), (__m512bh)(y)))
 #define GET(p) ((lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define PUT(p, low, high) _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)(high), (__m512)(low)))
+#include "lanes.h"
 #include "products.h"
 #include "tiles.h"
 int tiles_bfloat16(void) { return 1; }

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stateofgpt import native
 
-SOURCES = ("kernels.c", "kernels.h", "products.h", "tiles.h")
+SOURCES = ("kernels.c", "kernels.h", "lanes.h", "products.h", "tiles.h")
 FLAGS = (
     "-O3",
     "-march=native",
@@ -230,8 +230,7 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """Causal attention [B T, H D] of q [B, H, T, D] over k and v [B, K, T, D], and its probabilities."""
         B, T, H, _, D = sizes
-        ends = [min(start + QUERIES, T) for start in range(0, T, QUERIES)]
-        size = sum((end - start) * -(-end // 32) * 32 for start, end in zip(range(0, T, QUERIES), ends, strict=True))
+        size = sum(min(QUERIES, T - start) * (start + QUERIES) for start in range(0, T, QUERIES))
         probs, y = q.new_empty(B * H, size), q.new_empty(B * T, H * D)
         self._call(f"attend_{SUFFIX[q.dtype]}", q, k, v, firsts, probs, y, *sizes, D**-0.5)
         return y, probs
@@ -301,8 +300,8 @@ class Kernels:
 
 def _apart(sums: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
     """Parts of `sums`, one after the other, in their shapes."""
-    parts = sums.split([math.prod(shape) for shape in shapes])
-    return tuple(part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True))
+    parts = sums.split([*map(math.prod, shapes)])
+    return tuple(part.view(*shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------- loading, checking
@@ -347,6 +346,5 @@ def _products_agree(kernels: Kernels, dtype: torch.dtype) -> bool:
     losses, _, dw, _ = kernels.head(x.to(dtype), torch.ones(32), w, torch.arange(70), torch.ones(70), 1e-6, wanted=True)
     h = F.rms_norm(x, (32,), None, 1e-6)
     logs = F.log_softmax(h @ w.t(), -1)
-    near = 1e-4 if dtype == torch.float32 else 0.1
-    wanted = (-logs.diagonal(), (logs.exp() - torch.eye(70)).t() @ h)
+    near, wanted = 1e-4 if dtype == torch.float32 else 0.1, (-logs.diagonal(), (logs.exp() - torch.eye(70)).t() @ h)
     return all(float((a - b).abs().max()) <= near for a, b in zip((losses, dw), wanted, strict=True))
