@@ -4,6 +4,8 @@ Owns: the same mathematics as `model.gpt` from embeddings to the summed loss, wi
 torch, what lies between them by `train.kernels`. The model's own `forward` is the reference; tests compare losses and
 every gradient. Knows no optimizer and no data.
 
+Narrow models go through `train.tiled`, whose products are not torch's, and rows that branch through `train.attention`.
+
 Three things make it fast on a CPU. Weights of a kind are cast to the working precision together, once a step. Attention
 is two batched products around a softmax in place, in blocks that skip most of the future (torch's fused CPU kernel
 takes three to six times as long here, most of it in its backward pass). The head never holds more than a few megabytes

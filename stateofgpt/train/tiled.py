@@ -3,9 +3,9 @@
 Owns: which models go this way, and the two autograd functions of it, over `tiles.h`. What lies around them is
 `train.fused`'s. Weights come in float32 and are rounded here; their gradients are summed and given in float32.
 
-Why: at widths of 64 or 128 each of torch's products writes to memory what the next pass reads from there again, its
-inner dimension is too short for its tiles, and a call costs as much as a tenth of a product. Here a block is four calls
-for the way forward and back, and two for its attention.
+Why: at widths of 64 or 128 each of torch's products writes to memory what the next pass reads from there again, and
+its inner dimension is too short for its tiles. Here a block is four calls on the way forward and back, its attention
+two (`docs/decisions/0033-products-of-our-own.md`).
 """
 
 from __future__ import annotations
