@@ -142,7 +142,7 @@ def test_all_shapes_are_whole_and_as_large_as_computed(width: int, layers: int) 
 
 
 def test_a_width_below_one_head_is_refused() -> None:
-    with pytest.raises(ConfigError, match="num_attention_heads"):
+    with pytest.raises(ConfigError, match="below 64, the size of a head"):
         shape(32, 2, 1024, 128)
 
 
