@@ -1,4 +1,4 @@
-"""C that is compiled on the machine it runs on: once, in a second, kept in a cache.
+"""C that is compiled on the machine it runs on: once, in seconds, kept in a cache.
 
 Owns: the search for a compiler and for torch's OpenMP threads, the compiler's command, and the cache of what it made.
 Knows nothing of what the C computes: who loads a library checks it against torch before using it.

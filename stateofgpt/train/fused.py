@@ -4,6 +4,8 @@ Owns: the same mathematics as `model.gpt` from embeddings to the summed loss, wi
 torch, what lies between them by `train.kernels`. The model's own `forward` is the reference; tests compare losses and
 every gradient. Knows no optimizer and no data.
 
+Narrow models go through `train.tiled`, whose products are not torch's, and rows that branch through `train.attention`.
+
 Three things make it fast on a CPU. Weights of a kind are cast to the working precision together, once a step. Attention
 is two batched products around a softmax in place, in blocks that skip most of the future (torch's fused CPU kernel
 takes three to six times as long here, most of it in its backward pass). The head never holds more than a few megabytes
@@ -20,36 +22,14 @@ from torch import Tensor
 
 from stateofgpt.model.gpt import GPT, MLP, Attention, Block, GPTConfig, Trunk
 from stateofgpt.model.lora import adapters, effective_weight
+from stateofgpt.train import tiled
+from stateofgpt.train.attention import BLOCK, Queries, attend, attend_backward
 from stateofgpt.train.branches import Branches
 from stateofgpt.train.kernels import Kernels, Tables
 
-BLOCK = 128  # queries that attend together: what lies past them is never computed
 LOGITS = 1 << 21  # logits held at a time, or those of as many rows as the next line says, if these are more
 HEAD_ROWS = 512  # fewer rows at once spend more on adding up the head's gradient than on making it
 LONGEST = 1024  # tokens of context: attention keeps its probabilities, which grow with the square of this
-
-
-@dataclass(frozen=True)
-class _Queries:
-    """Queries start..end that attend together, to the keys before `end` but for `gap` of them from `before` on."""
-
-    start: int
-    end: int
-    before: int = 0
-    gap: int = 0
-
-    @property
-    def parts(self) -> tuple[tuple[slice, slice], ...]:
-        """Which columns of their scores are which keys."""
-        if not self.gap:
-            return ((slice(0, self.end), slice(0, self.end)),)
-        own = slice(self.before, self.end - self.gap), slice(self.before + self.gap, self.end)
-        return ((slice(0, self.before), slice(0, self.before)), own)
-
-    def of(self, x: Tensor) -> Tensor:
-        """Those of keys or values [N, T, D] that are attended to."""
-        seen = [x[:, keys] for _, keys in self.parts]
-        return seen[0] if len(seen) == 1 else torch.cat(seen, 1)
 
 
 @dataclass(frozen=True)
@@ -59,7 +39,7 @@ class _Spec:
     kernels: Kernels
     sizes: tuple[int, int, int, int, int]  # B, T, H, K, D
     tables: Tables
-    blocks: tuple[_Queries, ...]
+    blocks: tuple[Queries, ...]
     firsts: Tensor | None
     shared: Tensor | None
     eps: float
@@ -99,9 +79,11 @@ def fused_loss(
     `firsts` [B, T] int32 is where each position's document begins: nothing before it is attended to.
     """
     x, spec = _decoded(kernels, model, ids, dtype, firsts)
-    out: Tensor = _Head.apply(
-        x, model.model.norm.weight, model.lm_head.weight.to(dtype), targets.reshape(-1), weights.reshape(-1), spec
-    )
+    norm, head, asked = model.model.norm.weight, model.lm_head.weight, (targets.reshape(-1), weights.reshape(-1))
+    if tiled.fits_head(kernels, model.config, dtype):
+        out: Tensor = tiled.TiledHead.apply(x, norm, head, *asked, spec)
+    else:
+        out = _Head.apply(x, norm, head.to(dtype), *asked, spec)
     return out
 
 
@@ -126,32 +108,41 @@ def _decoded(
     c, trunk = model.config, model.model
     B, T = ids.shape
     half, shared, positions = c.head_dim // 2, None, None
-    length, blocks = T, tuple(_Queries(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK))
+    length, blocks = T, tuple(Queries(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK))
     if branches is not None:
         firsts, shared, positions, length = branches.firsts, branches.shared, branches.positions, branches.longest
-        blocks = tuple(_Queries(*numbers) for numbers in branches.blocks(BLOCK))
+        blocks = tuple(Queries(*numbers) for numbers in branches.blocks(BLOCK))
     tables = (trunk.cos[:length, :half].contiguous(), trunk.sin[:length, :half].contiguous(), positions)
     sizes = (B, T, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
     spec = _Spec(kernels, sizes, tables, blocks, firsts, shared, c.rms_norm_eps)
     x = trunk.embed_tokens(ids).view(B * T, c.hidden_size).to(dtype)
     layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
+    if tiled.fits(kernels, c, dtype):
+        for layer in layers:
+            x = tiled.TiledBlock.apply(x, *_norms(layer), _gains(layer.self_attn, c), spec, *_weights(layer))
+        return x, spec
     for layer, parts in zip(layers, _prepared(layers, dtype), strict=True):
-        gains = _gains(layer.self_attn, c)
-        norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-        x = _Block.apply(x, *parts, *norms, gains, spec)
+        x = _Block.apply(x, *parts, *_norms(layer), _gains(layer.self_attn, c), spec)
     return x, spec
+
+
+def _norms(layer: Block) -> tuple[Tensor, Tensor]:
+    """The gains of a layer's two norms."""
+    return layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+
+
+def _weights(layer: Block) -> tuple[Tensor, ...]:
+    """Query, key, value, output, gate, up and down weights of a layer, adapters in."""
+    a, m = layer.self_attn, layer.mlp
+    assert isinstance(m, MLP)  # `fits` has looked
+    return tuple(map(effective_weight, (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)))
 
 
 def _prepared(layers: list[Block], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
     """Of each layer: query-key-value, output, gate-and-up and down weights in the working precision, adapters in."""
-    attention, mlp = [x.self_attn for x in layers], [x.mlp for x in layers if isinstance(x.mlp, MLP)]
-    kinds = (
-        [linear for x in attention for linear in (x.q_proj, x.k_proj, x.v_proj)],
-        [x.o_proj for x in attention],
-        [linear for x in mlp for linear in (x.gate_proj, x.up_proj)],
-        [x.down_proj for x in mlp],
-    )
-    weights = ([effective_weight(linear) for linear in kind] for kind in kinds)
+    of_layers = [_weights(layer) for layer in layers]
+    kinds = ((0, 1, 2), (3,), (4, 5), (6,))
+    weights = ([ws[i] for ws in of_layers for i in kind] for kind in kinds)
     return list(zip(*(torch.cat(kind).to(dtype).chunk(len(layers)) for kind in weights), strict=True))
 
 
@@ -183,7 +174,7 @@ class _Block(torch.autograd.Function):
         h, rstd = k.rmsnorm(x, norm_in, spec.eps)
         qkv = h @ qkv_w.t()
         q, key, v, rstd_qk = k.rope(qkv, gains, spec.tables, spec.sizes, spec.eps)
-        y, probs = _attend(q, key, v, spec)
+        y, probs = attend(q, key, v, spec)
         middle = torch.addmm(x, y, o_w.t())
         h_mlp, rstd_mlp = k.rmsnorm(middle, norm_mlp, spec.eps)
         gate_up = h_mlp @ gate_up_w.t()
@@ -205,7 +196,7 @@ class _Block(torch.autograd.Function):
         dout = dout.contiguous()
         dgate_up = k.swiglu_backward(dout @ down_w, gate_up)
         dmiddle, dnorm_mlp = k.rmsnorm_backward(dgate_up @ gate_up_w, middle, norm_mlp, rstd_mlp, dout)
-        grads = _attend_backward(dmiddle @ o_w, q, key, v, probs, spec)
+        grads = attend_backward(dmiddle @ o_w, q, key, v, probs, spec)
         dqkv, dgains = k.rope_backward(grads, qkv, gains, spec.tables, rstd_qk, spec.sizes)
         dx, dnorm_in = k.rmsnorm_backward(dqkv @ qkv_w, x, norm_in, rstd, dmiddle)
         return (
@@ -219,51 +210,6 @@ class _Block(torch.autograd.Function):
             None if gains is None else dgains,
             None,
         )
-
-
-def _attend(q: Tensor, key: Tensor, v: Tensor, spec: _Spec) -> tuple[Tensor, list[Tensor]]:
-    """Causal attention: y [B T, H D], and the probabilities of each block of queries."""
-    B, T, H, K, D = spec.sizes
-    out, probs = q.new_empty(B, T, H, D), []
-    keys, values = _per_query_head(key, H // K), _per_query_head(v, H // K)
-    queries = q.view(B * H, T, D)
-    for block in spec.blocks:
-        own = slice(block.start, block.end)
-        scores = torch.bmm(queries[:, own], block.of(keys).mT)
-        spec.kernels.softmax_(scores, spec.firsts, block.start, H, D**-0.5, spec.shared, block.gap)
-        probs.append(scores)
-        out[:, own] = torch.bmm(scores, block.of(values)).view(B, H, -1, D).transpose(1, 2)
-    return out.view(B * T, H * D), probs
-
-
-def _attend_backward(
-    dy: Tensor, q: Tensor, key: Tensor, v: Tensor, probs: list[Tensor], spec: _Spec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [B, H, T, D], keys and values [B, K, T, D]."""
-    B, T, H, K, D = spec.sizes
-    dy = dy.view(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
-    keys, values = _per_query_head(key, H // K), _per_query_head(v, H // K)
-    queries = q.view(B * H, T, D)
-    dq, dk, dv = torch.empty_like(queries), torch.zeros_like(queries), torch.zeros_like(queries)
-    for p, block in zip(probs, spec.blocks, strict=True):
-        own = slice(block.start, block.end)
-        ds = torch.bmm(dy[:, own], block.of(values).mT)
-        for columns, seen in block.parts:
-            dv[:, seen].baddbmm_(p[:, :, columns].mT, dy[:, own])
-        spec.kernels.softmax_backward_(p, ds, block.start - block.gap, D**-0.5)
-        dq[:, own] = torch.bmm(ds, block.of(keys))
-        for columns, seen in block.parts:
-            dk[:, seen].baddbmm_(ds[:, :, columns].mT, queries[:, own])
-    grouped = (B, K, H // K, T, D)
-    if H != K:
-        dk, dv = dk.view(grouped).sum(2), dv.view(grouped).sum(2)
-    return dq.view(B, H, T, D), dk.view(B, K, T, D), dv.view(B, K, T, D)
-
-
-def _per_query_head(x: Tensor, group: int) -> Tensor:
-    """Keys or values [B, K, T, D] as [B H, T, D], repeated for the query heads that share them."""
-    B, K, T, D = x.shape
-    return x[:, :, None].expand(B, K, group, T, D).reshape(B * K * group, T, D)
 
 
 class _Norm(torch.autograd.Function):

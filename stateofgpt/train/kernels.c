@@ -33,8 +33,11 @@ static inline float exponential(float x) {
 /* e[n] becomes exp((e - top) scale), and their sum is given back. */
 static inline float exponentials(float *e, int64_t n, float top, float scale) {
     float sum = 0.0f;
-    for (int64_t j = 0; j < n; j++) e[j] = exponential((e[j] - top) * scale);
-    for (int64_t j = 0; j < n; j++) sum += e[j];
+#pragma omp simd reduction(+ : sum) /* without it two loops were vector code, and one that both writes and sums was not */
+    for (int64_t j = 0; j < n; j++) {
+        e[j] = exponential((e[j] - top) * scale);
+        sum += e[j];
+    }
     return sum;
 }
 
@@ -59,6 +62,9 @@ static inline bfloat16 to_bfloat16(float v) {
     return v != v ? 0x7fc0 : (bfloat16)rounded;
 }
 
+/* Functions of one row: with a copy in each place that calls them the compiler took half as long again. */
+#define ROW static __attribute__((noinline))
+
 /* The rows first..last of n that are this thread's, and which thread it is. */
 static inline int64_t share(int64_t n, int64_t *first, int64_t *last) {
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
@@ -67,11 +73,79 @@ static inline int64_t share(int64_t n, int64_t *first, int64_t *last) {
     return me;
 }
 
+#ifdef __AVX512F__ /* products of our own, and chains of passes over few tokens at a time */
+#include <immintrin.h>
+#define QUERIES 32 /* that attend together: `kernels.py` knows this too */
+#define TOKENS 64 /* that go through a chain of passes together */
+
+typedef uint32_t __attribute__((may_alias)) word;
+typedef float __attribute__((vector_size(64), aligned(4), may_alias)) lanes;
+#define AS_LANES(p) (*(const lanes *)(p))
+#define SPLAT(w) ((lanes)_mm512_set1_epi32((int)(w)))
+
+/* e^x as `exponential` has it; below -87 what it is there. */
+static inline lanes exponential_lanes(lanes x) {
+    x = (lanes)_mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x);
+    const lanes n = (lanes)_mm512_roundscale_ps((__m512)(x * 1.44269504088896f), _MM_FROUND_TO_NEAREST_INT);
+    const lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (lanes)_mm512_scalef_ps((__m512)(p * r * r + r + 1.0f), (__m512)n);
+}
+
+/* 1 / (1 + e^-x) to a few ulp, by an estimate of 14 bits and one step of Newton's. */
+static inline lanes sigmoid_lanes(lanes x) {
+    const lanes most = (lanes)_mm512_min_ps(_mm512_set1_ps(87.0f), (__m512)-x); /* past it the estimate would be 0 */
+    const lanes below = 1.0f + exponential_lanes(most), y = (lanes)_mm512_rcp14_ps((__m512)below);
+    return y + y * (1.0f - below * y);
+}
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t upto32(int64_t n) { return (n + 31) / 32 * 32; }
+static void *room_for(int64_t bytes) { return aligned_alloc(64, (size_t)(bytes + 64) / 64 * 64); }
+
+/* How many probabilities a head of T tokens keeps. */
+static int64_t probabilities(int64_t T) {
+    int64_t sum = 0;
+    for (int64_t from = 0; from < T; from += QUERIES) {
+        const int64_t rows = least(QUERIES, T - from);
+        sum += rows * upto32(from + rows);
+    }
+    return sum;
+}
+
+/* sums [size] += those of the other threads, in order; called by all of them. */
+static void add_up(float *sums, const float *others, int64_t size) {
+#pragma omp barrier
+    int64_t first, last;
+    share(size, &first, &last);
+    for (int64_t t = 0; t + 1 < omp_get_num_threads(); t++)
+        for (int64_t i = first; i < last; i++) sums[i] += others[t * size + i];
+}
+#endif
+
 #define REAL float
 #define NAME(f) f##_float32
 #define LOAD(v) (v)
 #define STORE(v) (v)
 #include "kernels.h"
+#ifdef __AVX512F__
+#define PAIR 1
+#define MADD(sum, x, y) ((sum) + (x) * (y))
+#define GET(p) (*(const lanes *)(p))
+#define PUT(p, low, high) (*(lanes *)(p) = (low), *(lanes *)((p) + 16) = (high))
+#include "lanes.h"
+#include "products.h"
+#include "tiles.h"
+int tiles_float32(void) { return 1; }
+#undef PAIR
+#undef MADD
+#undef GET
+#undef PUT
+#endif
 #undef REAL
 #undef NAME
 #undef LOAD
@@ -82,20 +156,57 @@ static inline int64_t share(int64_t n, int64_t *first, int64_t *last) {
 #define LOAD(v) from_bfloat16(v)
 #define STORE(v) to_bfloat16(v)
 #include "kernels.h"
+#if defined __AVX512BF16__ && defined __AVX512F__ && !defined __AMX_BF16__ /* with AMX torch's products are faster */
+#define PAIR 2
+#define MADD(sum, x, y) ((lanes)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)(x), (__m512bh)(y)))
+#define GET(p) ((lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define PUT(p, low, high) _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)(high), (__m512)(low)))
+#include "lanes.h"
+#include "products.h"
+#include "tiles.h"
+int tiles_bfloat16(void) { return 1; }
+#endif
 
-/* One AdamW step (arXiv 1711.05101) over n numbers, with cautious weight decay (arXiv 2411.16085): it acts only where
-   update and weight agree in sign. first, second: the moments; correction1, correction2: 1 - beta^t. */
-void adamw(float *p, const float *g, float *first, float *second, int64_t n, float lr, float beta1, float beta2,
-           float eps, float decay, float correction1, float correction2, float clip, int threads) {
+/* One AdamW step (arXiv 1711.05101) over `count` tensors of n[] numbers, with cautious weight decay (arXiv 2411.16085): it
+   acts only where update and weight agree in sign. first, second: the moments; correction1, correction2: 1 - beta^t. */
+void adamw(float **ps, const float **gs, float **firsts, float **seconds, const int64_t *n, const float *decays,
+           int64_t count, float lr, float beta1, float beta2, float eps, float correction1, float correction2, float clip,
+           int threads) {
     const float rate1 = 1.0f / correction1, rate2 = 1.0f / correction2;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < n; i++) {
-        const float d = g[i] * clip;
-        const float m = first[i] = first[i] + (d - first[i]) * (1.0f - beta1);
-        const float v = second[i] = second[i] * beta2 + d * d * (1.0f - beta2);
-        const float update = m * rate1 / (sqrtf(v * rate2) + eps);
-        const float shrink = update * p[i] > 0.0f ? lr * decay * p[i] : 0.0f;
-        p[i] = p[i] - shrink - lr * update;
+#pragma omp parallel num_threads(threads)
+    for (int64_t k = 0; k < count; k++) {
+        float *restrict p = ps[k], *restrict first = firsts[k], *restrict second = seconds[k];
+        const float *restrict g = gs[k], decay = decays[k];
+        int64_t from, to;
+        share(n[k], &from, &to);
+        for (int64_t i = from; i < to; i++) {
+            const float d = g[i] * clip;
+            const float m = first[i] = first[i] + (d - first[i]) * (1.0f - beta1);
+            const float v = second[i] = second[i] * beta2 + d * d * (1.0f - beta2);
+            const float update = m * rate1 / (sqrtf(v * rate2) + eps);
+            const float shrink = update * p[i] > 0.0f ? lr * decay * p[i] : 0.0f;
+            p[i] = p[i] - shrink - lr * update;
+        }
+    }
+}
+
+/* Sums of the squares of `count` tensors of sizes[] numbers: one of each thread, in double past 1024 numbers. */
+void squares(const float **xs, const int64_t *sizes, double *sums, int64_t count, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        double total = 0.0;
+        for (int64_t k = 0; k < count; k++) {
+            int64_t from, to;
+            share(sizes[k], &from, &to);
+            for (; from < to; from += 1024) {
+                const int64_t n = to - from < 1024 ? to - from : 1024;
+                const float *x = xs[k] + from;
+                float sum = 0.0f;
+                for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
+                total += sum;
+            }
+        }
+        sums[omp_get_thread_num()] = total;
     }
 }
 
@@ -118,3 +229,59 @@ void muon_apply(float *p, const bfloat16 *update, int64_t n, float lr, float dec
         p[i] = p[i] - shrink - lr * u;
     }
 }
+
+#if defined __AVX512BF16__ && defined __AVX512F__ && !defined __AMX_BF16__
+/* c [n, n] = a a^T, a [n, k]: the half below the diagonal, and then the other from it. panels [n, k]: room. */
+static void squared(const bfloat16 *a, int64_t n, int64_t k, word *panels, bfloat16 *c) {
+    panels_bfloat16(a, k, n, k, panels, 0, n / 32);
+    for (int64_t j = 0; j < n; j += 32)
+        multiply_bfloat16(a + j * k, k, n - j, panels + j * k / 2, 32, 0, 32, k / 2, NULL, c + j * n + j, n);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = i / 32 * 32 + 32; j < n; j++) c[i * n + j] = c[j * n + i];
+}
+
+/* Muon's iteration on `count` matrices [rows, columns], in place, a thread for each: divided by a little more than its
+   norm, x becomes a x + (b x x^T + c (x x^T)^2) x for each a, b, c of `steps`. What is kept is x without a factor known
+   exactly, so that each step rounds x once. Tall matrices are transposed. Both sides are multiples of 32. */
+void polar(bfloat16 *matrices, int64_t count, int64_t rows, int64_t columns, const float *coefficients, int64_t steps,
+           int threads) {
+    const int64_t r = least(rows, columns), c = rows + columns - r, down = rows > columns ? 1 : columns;
+    const int64_t on = rows > columns ? columns : 1;
+#pragma omp parallel num_threads(threads)
+    {
+        bfloat16 *x = room_for(sizeof(bfloat16) * 2 * r * (c + r)), *y = x + r * c, *gram = y + r * c, *second = gram + r * r;
+        word *room = room_for(sizeof(bfloat16) * r * c);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t k = 0; k < count; k++) {
+            bfloat16 *own = matrices + k * rows * columns;
+            float sum = 0.0f;
+            for (int64_t i = 0; i < r * c; i++) sum += from_bfloat16(own[i]) * from_bfloat16(own[i]);
+            const float norm = sqrtf(sum);
+            int exponent;
+            frexpf(norm, &exponent);
+            const float unit = ldexpf(1.0f, -exponent);
+            float factor = 1.0f / (unit * (norm * 1.01f + 1e-7f));
+            for (int64_t i = 0; i < r; i++)
+                for (int64_t j = 0; j < c; j++) x[i * c + j] = to_bfloat16(from_bfloat16(own[i * down + j * on]) * unit);
+            for (int64_t step = 0; step < steps; step++) {
+                const float *abc = coefficients + 3 * step, f2 = factor * factor;
+                const float b = abc[1] / abc[0] * f2, d = abc[2] / abc[0] * f2 * f2;
+                squared(x, r, c, room, gram);
+                squared(gram, r, r, room, second);
+                for (int64_t i = 0; i < r * r; i++)
+                    gram[i] = to_bfloat16(b * from_bfloat16(gram[i]) + d * from_bfloat16(second[i]));
+                int64_t to;
+                const word *words = down_bfloat16(x, c, r, c, room, &to);
+                multiply_bfloat16(gram, r, r, words, to, 32, c, r / 2, x, y, c);
+                bfloat16 *last = x;
+                x = y, y = last;
+                factor *= abc[0];
+            }
+            for (int64_t i = 0; i < r; i++)
+                for (int64_t j = 0; j < c; j++) own[i * down + j * on] = to_bfloat16(from_bfloat16(x[i * c + j]) * factor);
+        }
+        free(room);
+        free(x < y ? x : y);
+    }
+}
+#endif

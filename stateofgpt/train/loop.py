@@ -129,7 +129,10 @@ class Trainer:
                 value = loss(self.model, batch) / total_weight
                 value.backward()
                 total += value.detach()
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in self.optimizer.params.values() if p.grad is not None]
+        kernels = self.optimizer.kernels
+        if kernels is not None and all(g.dtype == torch.float32 and g.device.type == "cpu" for g in grads):
+            return total, total.new_tensor(kernels.norm([g.contiguous() for g in grads]))
         return total, torch.nn.utils.get_total_norm(grads).to(total)
 
     @contextmanager

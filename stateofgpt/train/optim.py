@@ -33,6 +33,9 @@ POLAR_STEPS = (
 )
 
 
+LARGEST = 1536  # rows or columns of a matrix that one thread iterates alone: no larger one was measured
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """Rates of both optimizers; `lr` is AdamW's, `muon_lr` Muon's. Rates are multiplied by the schedule's factor."""
@@ -112,6 +115,9 @@ class MuonAdamW:
             for has_decay in (True, False):
                 self._adamw_together([n for n in self.adam if (self.params[n].ndim == 2) == has_decay], factor, scale)
             return
+        if self.kernels is not None:
+            self._adamw_fused(self.kernels, factor, scale)
+            return
         for name in self.adam:
             self._adamw(name, factor, scale)
 
@@ -122,7 +128,12 @@ class MuonAdamW:
         lr = self.config.muon_lr * factor * max(1.0, rows / columns) ** 0.5
         if self.kernels is not None:
             update = self.kernels.muon_momentum(grads, momentum, self.config.momentum, scale)
-            self.kernels.muon_apply(weights, orthogonalise(update), lr, self.config.weight_decay)
+            small = max(rows, columns) <= LARGEST and rows % 32 == columns % 32 == 0
+            if small and self.kernels.has_tiles(torch.bfloat16):
+                update = self.kernels.polar_(update, POLAR_STEPS)
+            else:
+                update = orthogonalise(update)
+            self.kernels.muon_apply(weights, update, lr, self.config.weight_decay)
             return
         momentum.lerp_(grads.mul_(scale), 1.0 - self.config.momentum)
         update = orthogonalise(grads.lerp_(momentum, self.config.momentum)).float()
@@ -134,11 +145,6 @@ class MuonAdamW:
         if p.grad is None:
             return
         m, v = self.first[name], self.second[name]
-        if self.kernels is not None:
-            decay = c.weight_decay if p.ndim == 2 else 0.0
-            rates = (c.lr * factor, c.beta1, c.beta2, c.eps, decay, 1.0 - c.beta1**t, 1.0 - c.beta2**t, scale)
-            self.kernels.adamw(p, p.grad.contiguous(), m, v, rates)
-            return
         p.grad.mul_(scale)
         m.lerp_(p.grad, 1.0 - c.beta1)
         v.mul_(c.beta2).addcmul_(p.grad, p.grad, value=1.0 - c.beta2)
@@ -146,6 +152,16 @@ class MuonAdamW:
         if p.ndim == 2:
             self._decay(p, update, c.lr * factor)
         p.sub_(update, alpha=c.lr * factor)
+
+    def _adamw_fused(self, kernels: Kernels, factor: float, scale: float) -> None:
+        """`_adamw` of all parameters in one pass."""
+        c, t = self.config, self.step_count
+        learning = [(n, self.params[n], grad) for n in self.adam if (grad := self.params[n].grad) is not None]
+        params, grads = [p for _, p, _ in learning], [grad.contiguous() for _, _, grad in learning]
+        firsts, seconds = ([of[n] for n, _, _ in learning] for of in (self.first, self.second))
+        decays = [c.weight_decay if p.ndim == 2 else 0.0 for p in params]
+        rates = (c.lr * factor, c.beta1, c.beta2, c.eps, 1.0 - c.beta1**t, 1.0 - c.beta2**t, scale)
+        kernels.adamw(params, grads, firsts, seconds, decays, rates)
 
     def _adamw_together(self, names: list[str], factor: float, scale: float) -> None:
         """`_adamw` of parameters that all are matrices, or none of which is."""

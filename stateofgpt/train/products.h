@@ -1,0 +1,101 @@
+/* Matrix products of one precision, small enough that their operands stay in a core's caches. `kernels.c` includes this
+   once per type, having defined besides what `kernels.h` asks for
+
+     PAIR               how many numbers along the inner dimension lie in a word of 32 bits: 1, or 2 of bfloat16
+     MADD(sum, x, y)    sum + x y of each lane's words, in float
+     PUT(p, low, high)  32 floats, rounded, to p
+
+   A product is made of tiles of 8 rows and 32 columns whose sums stay in registers over the whole inner dimension. An
+   operand is given by the steps between its words. Sums have one order, whatever the threads. */
+
+/* sums[rows][2] = a [rows, words] times b [words, 32]; ai, ak: from one row of a, and from one of its words, to the next;
+   bk: from one row of b to the next. */
+static inline __attribute__((always_inline)) void NAME(tile)(lanes (*sums)[2], const int rows, const word *a, int64_t ai,
+                                                             int64_t ak, const word *b, int64_t bk, int64_t words) {
+    for (int64_t k = 0; k < words; k++) {
+        const lanes low = AS_LANES(b + k * bk), high = AS_LANES(b + k * bk + 16);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            const lanes x = SPLAT(a[i * ai + k * ak]);
+            sums[i][0] = MADD(sums[i][0], x, low);
+            sums[i][1] = MADD(sums[i][1], x, high);
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void NAME(put_tile)(const int rows, const word *a, int64_t ai, const word *b,
+                                                                 int64_t bk, int64_t words, const REAL *plus,
+                                                                 REAL *out, int64_t step) {
+    lanes sums[8][2] = {0};
+    NAME(tile)(sums, rows, a, ai, 1, b, bk, words);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+        if (plus) {
+            sums[i][0] += GET(plus + i * step);
+            sums[i][1] += GET(plus + i * step + 16);
+        }
+        PUT(out + i * step, sums[i][0], sums[i][1]);
+    }
+}
+
+/* out [m, n] = a [m, words] b [words, n] (+ plus, laid out as out). Rows of a are contiguous, `ai` numbers apart. The 32
+   columns of panel p of b begin at b + p * bp. n is a multiple of 32. */
+static void NAME(multiply)(const REAL *a, int64_t ai, int64_t m, const word *b, int64_t bk, int64_t bp, int64_t n,
+                           int64_t words, const REAL *plus, REAL *out, int64_t step) {
+    for (int64_t j = 0; j < n; j += 32) {
+        const word *panel = b + j / 32 * bp;
+        int64_t i = 0;
+        for (; i + 8 <= m; i += 8)
+            NAME(put_tile)(8, (const word *)(a + i * ai), ai / PAIR, panel, bk, words, plus ? plus + i * step + j : NULL,
+                           out + i * step + j, step);
+        for (; i < m; i++)
+            NAME(put_tile)(1, (const word *)(a + i * ai), ai / PAIR, panel, bk, words, plus ? plus + i * step + j : NULL,
+                           out + i * step + j, step);
+    }
+}
+
+/* c [m, n] += a^T b over `words` rows of words: a [words, m], b [words, n], `ak` and `bk` words from one row to the next.
+   m is a multiple of 8 and n of 32. */
+static void NAME(accumulate)(const word *a, int64_t ak, int64_t m, const word *b, int64_t bk, int64_t n, int64_t words,
+                             float *c) {
+    for (int64_t i = 0; i < m; i += 8)
+        for (int64_t j = 0; j < n; j += 32) {
+            float *at = c + i * n + j;
+            lanes sums[8][2];
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; r++) {
+                sums[r][0] = *(const lanes *)(at + r * n);
+                sums[r][1] = *(const lanes *)(at + r * n + 16);
+            }
+            NAME(tile)(sums, 8, a + i, 1, ak, b + j, bk, words);
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; r++) {
+                *(lanes *)(at + r * n) = sums[r][0];
+                *(lanes *)(at + r * n + 16) = sums[r][1];
+            }
+        }
+}
+
+/* x [rows, n] with rows `step` apart as words down its columns: itself in float, pairs of rows in bfloat16, for which
+   `room` [(rows + 1) / 2, n] is needed. `*to` becomes the words from one row to the next. */
+static const word *NAME(down)(const REAL *x, int64_t step, int64_t rows, int64_t n, word *room, int64_t *to) {
+    *to = PAIR == 1 ? step : n;
+    if (PAIR == 1) return (const word *)x;
+    for (int64_t k = 0; k < rows / 2; k++)
+        for (int64_t j = 0; j < n; j++)
+            room[k * n + j] = (word)x[2 * k * step + j] | (word)x[(2 * k + 1) * step + j] << 16;
+    if (rows % 2)
+        for (int64_t j = 0; j < n; j++) room[rows / 2 * n + j] = (word)x[(rows - 1) * step + j];
+    return room;
+}
+
+/* Panels first..last of w^T, w [n, k] having its rows `step` apart: out [panel, k / PAIR, 32]; zeros past n. */
+static void NAME(panels)(const REAL *w, int64_t step, int64_t n, int64_t k, word *out, int64_t first, int64_t last) {
+    const int64_t words = k / PAIR;
+    for (int64_t p = first; p < last; p++)
+        for (int64_t j = 0; j < 32; j++) {
+            const word *row = (const word *)(w + (p * 32 + j) * step);
+            word *to = out + p * words * 32 + j;
+            for (int64_t i = 0; i < words; i++) to[i * 32] = p * 32 + j < n ? row[i] : 0;
+        }
+}

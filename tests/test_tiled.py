@@ -1,0 +1,204 @@
+"""Blocks and heads by tiles against the model's own forward and torch's gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_fused import BASE, batch_of, gradients, model_of
+
+from stateofgpt.model.gpt import GPTConfig
+from stateofgpt.train import fused, tiled
+from stateofgpt.train.branches import Branches
+from stateofgpt.train.kernels import Kernels, load
+from stateofgpt.train.loss import Batch, LanguageModelLoss
+from stateofgpt.train.optim import POLAR_STEPS, orthogonalise
+
+WIDE = replace(BASE, hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=96)
+SHAPES = {
+    "qwen3": WIDE,
+    "llama": replace(WIDE, arch="llama"),
+    "more heads than width": replace(WIDE, num_attention_heads=4, num_key_value_heads=4),
+    "shared keys": replace(WIDE, num_attention_heads=4),
+    "untied": replace(WIDE, tie_word_embeddings=False, vocab_size=64),
+    "an odd vocabulary, one layer": replace(WIDE, num_hidden_layers=1, vocab_size=33),
+}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    found = load()
+    assert found is not None
+    if not found.has_tiles(torch.float32):
+        pytest.skip("this processor has no AVX-512")
+    return found
+
+
+def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Kernels, "has_tiles", lambda self, dtype: False)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("rows", "length"), [(2, 1), (3, 37), (1, 128), (2, 201)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_loss_and_every_gradient_are_the_models(
+    kernels: Kernels, name: str, rows: int, length: int, threads: int
+) -> None:
+    config, before = SHAPES[name], torch.get_num_threads()
+    assert tiled.fits_head(kernels, config, torch.float32)
+    model, batch = model_of(config), batch_of(config, rows, length)
+    theirs = LanguageModelLoss()(model, batch)
+    wanted = gradients(model, theirs)
+    torch.set_num_threads(threads)
+    try:
+        mine = LanguageModelLoss(fused=True)(model, batch)
+        got = gradients(model, mine)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert got.keys() == wanted.keys()
+    size = max(float(g.norm()) for g in wanted.values())
+    for parameter, gradient in wanted.items():
+        error = float((got[parameter] - gradient).norm())
+        assert error <= 3e-5 * float(gradient.norm()) + 5e-7 * size, parameter
+
+
+@pytest.mark.parametrize("name", ["qwen3", "shared keys", "an odd vocabulary, one layer"])
+def test_in_bfloat16_it_is_no_farther_from_the_truth_than_autocast(kernels: Kernels, name: str) -> None:
+    """Relative error of all gradients together, against float32, at odd lengths: pairs of rows are not all full."""
+    errors = {True: 0.0, False: 0.0}
+    for seed, fused_pass in ((seed, way) for seed in range(4) for way in (False, True)):
+        model, batch = model_of(SHAPES[name], seed), batch_of(SHAPES[name], 3, 67, seed)
+        truth = gradients(model, LanguageModelLoss()(model, batch))
+        rounded = gradients(model, LanguageModelLoss("bfloat16", fused=fused_pass)(model, batch))
+        wrong = math.sqrt(sum(float((rounded[n] - g).norm()) ** 2 for n, g in truth.items()))
+        errors[fused_pass] += wrong / math.sqrt(sum(float(g.norm()) ** 2 for g in truth.values()))
+    assert errors[True] <= 1.1 * errors[False], errors
+
+
+def test_a_document_does_not_see_the_one_before_it_in_the_row(kernels: Kernels) -> None:
+    """Two documents in one row give the losses and gradients of each alone."""
+    model, batch, cut = model_of(WIDE), batch_of(WIDE, 1, 150), 70
+    firsts = torch.tensor([[0] * cut + [cut] * (150 - cut)], dtype=torch.int32)
+    packed = fused.fused_loss(kernels, model, batch.ids, batch.targets, batch.weights, torch.float32, firsts)
+    got = gradients(model, packed)
+    parts = [
+        Batch(batch.ids[:, part], batch.targets[:, part], batch.weights[:, part])
+        for part in (slice(0, cut), slice(cut, None))
+    ]
+    alone = LanguageModelLoss()(model, parts[0]) + LanguageModelLoss()(model, parts[1])
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-4)
+    for name, gradient in gradients(model, alone).items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_branches_of_a_row_have_what_each_text_has_alone(kernels: Kernels) -> None:
+    """A prompt of 30 tokens and two answers of 20 in one row."""
+    ids = torch.randint(0, WIDE.vocab_size, (1, 70), generator=torch.Generator().manual_seed(0))
+    firsts = torch.tensor([[0] * 30 + [30] * 20 + [50] * 20], dtype=torch.int32)
+    shared = torch.tensor([[0] * 30 + [30] * 40], dtype=torch.int32)
+    places = torch.tensor([[*range(50), *range(30, 50)]])
+    model = model_of(WIDE)
+    mine = fused.fused_hidden(kernels, model, ids, torch.float32, Branches(places, firsts, shared, 50))
+    texts = ids[:, :50], torch.cat((ids[:, :30], ids[:, 50:]), 1)
+    one, other = (model.model(text) for text in texts)
+    theirs = torch.cat((one, other[:, 30:]), 1)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    pull = torch.randn(mine.shape, generator=torch.Generator().manual_seed(1))
+    got, wanted = gradients(model, (mine * pull).sum()), gradients(model, (theirs * pull).sum())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_threads_give_the_same_bits(kernels: Kernels, dtype: torch.dtype, threads: int) -> None:
+    before, model, batch = torch.get_num_threads(), model_of(WIDE), batch_of(WIDE, 5, 90)
+    torch.set_num_threads(threads)
+    try:
+        once, again = (
+            gradients(model, fused.fused_loss(kernels, model, batch.ids, batch.targets, batch.weights, dtype))
+            for _ in range(2)
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [replace(WIDE, hidden_size=2 * tiled.WIDEST), replace(WIDE, intermediate_size=95), replace(WIDE, head_dim=16)],
+    ids=["wide", "an odd feed-forward", "narrow heads"],
+)
+def test_what_tiles_do_not_fit_is_torchs_products(kernels: Kernels, config: GPTConfig) -> None:
+    assert not tiled.fits(kernels, config, torch.float32)
+    assert not tiled.fits_head(kernels, replace(WIDE, vocab_size=tiled.MOST_HEAD), torch.float32)
+
+
+def test_on_another_processor_torchs_products_give_the_same(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of(WIDE), batch_of(WIDE, 2, 100)
+    mine = LanguageModelLoss(fused=True)(model, batch).detach()
+    as_before(monkeypatch)
+    assert not tiled.fits(kernels, WIDE, torch.float32)
+    torch.testing.assert_close(mine, LanguageModelLoss(fused=True)(model, batch).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_without_gradients_it_is_the_same_loss(kernels: Kernels) -> None:
+    model, batch = model_of(WIDE), batch_of(WIDE, 2, 50)
+    with torch.no_grad():
+        mine = LanguageModelLoss(fused=True)(model, batch)
+    torch.testing.assert_close(mine, LanguageModelLoss()(model, batch).detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_norm_of_all_gradients_is_torchs(kernels: Kernels, threads: int) -> None:
+    before, generator = torch.get_num_threads(), torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, generator=generator) for n in (1, 7, 1024, 5000)]
+    torch.set_num_threads(threads)
+    try:
+        mine = kernels.norm(tensors)
+    finally:
+        torch.set_num_threads(before)
+    assert mine == pytest.approx(float(torch.cat(tensors).double().norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 96, 32), (1, 32, 160)])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e6])
+def test_muons_iteration_is_nearer_to_the_exact_one_than_torchs_in_bfloat16(
+    kernels: Kernels, shape: tuple[int, int, int], size: float
+) -> None:
+    """Every matrix by the same polynomials in float64; of any size, and of very different rows."""
+    if not kernels.has_tiles(torch.bfloat16):
+        pytest.skip("this processor has no products of bfloat16")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(*shape[:2], 1, generator=generator)
+    given = (torch.randn(*shape, generator=generator) * rows * size).bfloat16()
+    exact = given.double().mT if shape[1] > shape[2] else given.double()
+    exact = exact / (exact.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in POLAR_STEPS:
+        gram = exact @ exact.mT
+        exact = a * exact + (b * gram + c * (gram @ gram)) @ exact
+    exact = exact.mT if shape[1] > shape[2] else exact
+    mine, theirs = kernels.polar_(given.clone(), POLAR_STEPS).double(), orthogonalise(given).double()
+    assert (mine - exact).norm() <= 0.03 * exact.norm()
+    assert (mine - exact).norm() <= (theirs - exact).norm()
+
+
+def test_muons_iteration_of_nothing_is_nothing(kernels: Kernels) -> None:
+    if not kernels.has_tiles(torch.bfloat16):
+        pytest.skip("this processor has no products of bfloat16")
+    assert not kernels.polar_(torch.zeros(2, 32, 64).bfloat16(), POLAR_STEPS).any()
+
+
+def test_gates_far_from_zero_do_what_torch_does(kernels: Kernels) -> None:
+    model, batch = model_of(WIDE), batch_of(WIDE, 2, 40)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(300.0 if "gate_proj" in name else 1.0)
+    mine, theirs = LanguageModelLoss(fused=True)(model, batch), LanguageModelLoss()(model, batch)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    got, wanted = gradients(model, mine), gradients(model, theirs)
+    assert all(float((got[n] - g).norm()) <= 1e-3 * float(g.norm()) + 1e-6 for n, g in wanted.items())
