@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, pstdev
+from statistics import fmean, median, pstdev
 from typing import Any
 
 import numpy as np
@@ -174,7 +174,8 @@ class _RewardModelling:
         return train, held_out
 
     def _affordable(self, session: Session) -> int:
-        """How many prompts the budget allows: what one chunk takes to sample and to learn from, measured.
+        """How many prompts the budget allows: what one chunk takes to sample and to learn from, measured. Steps are
+        counted as their median, for the first one of all warms up.
 
         Scoring is the forward third of learning; the held-out rankings are scored in every look and at the end."""
         if self.config.n_prompts is not None:
@@ -182,16 +183,19 @@ class _RewardModelling:
         assert self.config.seconds is not None
         start = time.perf_counter()
         chunk = self._chunk(session, "train", 0)
+        sampling = time.perf_counter() - start
         model = self._fresh()
         context = model.config.max_position_embeddings
         per_step = self.config.training.prompts_per_step
         trainer = Trainer(model, self.config.training.loop, self.way.kernels)
-        learning = time.perf_counter()
+        took = []
         for i in range(0, len(chunk), per_step):
+            begun = time.perf_counter()
             trainer.step([ranked_batch(self.chat, chunk[i : i + per_step], context)], RankingLoss(self.way), 0.0)
-        wait(self.way.device)
-        now = time.perf_counter()
-        seconds, scoring = now - start, (now - learning) / 3 / CHUNK
+            wait(self.way.device)
+            took.append(time.perf_counter() - begun)
+        learning = median(took) * len(took)
+        seconds, scoring = sampling + learning, learning / 3 / CHUNK
         scored = self.config.held_out_prompts * (self.config.training.looks + 2) + USUAL
         left = self.config.seconds - self.stage.seconds() - scored * scoring - 3.0
         return max(2, 1 + int(left / seconds)) * CHUNK
