@@ -63,7 +63,7 @@ def tell(part: str, **told: Any) -> None:
 def made_up(folder: Path, tiny: bool) -> tuple[Path, Path]:
     """A model of random weights and votes of somebody who likes digits, for machines without anything else."""
     shape = {"width": 64, "layers": 2, "vocab": 384} if tiny else {"width": 576, "layers": 30, "vocab": 2048}
-    bench_rl.prepare(folder / "model", argparse.Namespace(**shape, tokens=64 if tiny else 192, ends=0.03))
+    bench_rl.prepare(folder / "model", argparse.Namespace(**shape, tokens=64 if tiny else 192, words=0, ends=0.03))
     rng = random.Random(0)
 
     def answer(liked: bool) -> tuple[Message, ...]:
@@ -158,7 +158,7 @@ def grpo(seconds: float, options: argparse.Namespace) -> None:
     """Iterations of GRPO beside trl's, in turn, while there is time."""
     began = time.perf_counter()
     asked = argparse.Namespace(
-        prompts=2 if options.tiny else 16, samples=4, tokens=8 if options.tiny else 64, ends=0.0, part=None,
+        prompts=2 if options.tiny else 16, samples=4, tokens=8 if options.tiny else 64, words=0, ends=0.0, part=None,
         width=64 if options.tiny else 320, layers=2 if options.tiny else 7, vocab=384 if options.tiny else 2048,
         plain=False, torch_engine=False, device=options.device, lr=bench_rl.LR, ours="bfloat16", theirs="bfloat16",
     )  # fmt: skip
