@@ -24,6 +24,8 @@ from stateofgpt.model.heads import RewardModel, ValueModel
 from stateofgpt.model.lora import LoraConfig, adapters, add_lora, lora_state_dict, merge
 from stateofgpt.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow  # together they take long
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHAPES = {
     "qwen3": GPTConfig(

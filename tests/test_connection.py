@@ -20,6 +20,8 @@ from stateofgpt.serve import process
 from stateofgpt.serve.app import create_app
 from stateofgpt.serve.config import Config
 
+pytestmark = pytest.mark.slow  # together they take long
+
 QUICK = Config(header_s=0.4, body_s=0.4, write_s=0.5, max_connections=40, drain_s=0.5, keep_alive_s=1)
 
 

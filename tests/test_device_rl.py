@@ -26,6 +26,8 @@ from stateofgpt.train.loop import LoopConfig, Trainer
 from stateofgpt.train.loss import Batch, Way
 from stateofgpt.train.optim import OptimConfig
 
+pytestmark = pytest.mark.slow  # together they take long
+
 __all__ = ["twin"]
 
 ONLINE = ("ppo", "grpo", "reinforce", "best_of_n")  # the others differ in formulas alone

@@ -24,6 +24,8 @@ from stateofgpt.infer.sampling import SamplingParams
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow  # together they take long
+
 pytest.importorskip("llguidance")
 
 __all__ = ["twin"]

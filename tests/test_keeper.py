@@ -33,6 +33,8 @@ from stateofgpt.serve.keeper import EngineLost, Keeper
 from stateofgpt.serve.loader import load_assistant
 from stateofgpt.serve.shelf import Shelf
 
+pytestmark = pytest.mark.slow  # together they take long
+
 LONG = SamplingParams(max_tokens=40)
 
 

@@ -31,6 +31,8 @@ from stateofgpt.text.tokenizer import Tokenizer
 from stateofgpt.train.loop import Trainer
 from stateofgpt.train.loss import Way
 
+pytestmark = pytest.mark.slow  # together they take long
+
 TEXT = "What is 12 + 30? Show your work. The answer is 42. user assistant tool yes no maybe"
 RANK = 3
 

@@ -18,6 +18,8 @@ from stateofgpt.serve.config import Config
 from stateofgpt.serve.fields import MAX_DEPTH, ApiError, shallow
 from stateofgpt.serve.openai.document import document
 
+pytestmark = pytest.mark.slow  # together they take long
+
 HERE = "http://127.0.0.1:8000"
 QUICK = settings(
     max_examples=60, deadline=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck), derandomize=True

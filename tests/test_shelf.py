@@ -23,6 +23,8 @@ from stateofgpt.serve.app import create_app
 from stateofgpt.serve.loader import About, load_assistant
 from stateofgpt.serve.shelf import Held, Shelf, UnknownModel
 
+pytestmark = pytest.mark.slow  # together they take long
+
 HERE = "http://127.0.0.1:8000"
 CHAT = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "who?"}]}
