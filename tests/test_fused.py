@@ -95,28 +95,24 @@ def test_without_gradients_it_is_the_same_loss() -> None:
     torch.testing.assert_close(mine, LanguageModelLoss()(model, batch).detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_in_bfloat16_it_is_no_farther_from_the_truth_than_autocast() -> None:
+def no_farther_than_autocast(config: GPTConfig, rows: int, length: int) -> None:
     """Relative error of all gradients together, against float32; a tenth more than autocast's would be a fault."""
-    errors = {}
-    for fused_pass in (False, True):
-        errors[fused_pass] = 0.0
-        for seed in range(4):
-            model, batch = model_of(BASE, seed), batch_of(BASE, 4, 64, seed)
-            truth = gradients(model, LanguageModelLoss()(model, batch))
-            rounded = gradients(model, LanguageModelLoss("bfloat16", fused=fused_pass)(model, batch))
-            wrong = math.sqrt(sum(float((rounded[n] - g).norm()) ** 2 for n, g in truth.items()))
-            errors[fused_pass] += wrong / math.sqrt(sum(float(g.norm()) ** 2 for g in truth.values()))
+    errors = {True: 0.0, False: 0.0}
+    for seed, fused_pass in ((seed, way) for seed in range(4) for way in (False, True)):
+        model, batch = model_of(config, seed), batch_of(config, rows, length, seed)
+        truth = gradients(model, LanguageModelLoss()(model, batch))
+        rounded = gradients(model, LanguageModelLoss("bfloat16", fused=fused_pass)(model, batch))
+        wrong = math.sqrt(sum(float((rounded[n] - g).norm()) ** 2 for n, g in truth.items()))
+        errors[fused_pass] += wrong / math.sqrt(sum(float(g.norm()) ** 2 for g in truth.values()))
     assert errors[True] <= 1.1 * errors[False], errors
 
 
-def test_a_document_does_not_see_the_one_before_it_in_the_row() -> None:
+def apart_in_a_row(config: GPTConfig, length: int, cut: int) -> None:
     """Two documents in one row give the losses and gradients of each alone, moved to where it lies."""
     kernels = load()
     assert kernels is not None
-    config = replace(BASE, max_position_embeddings=400)
-    model, batch = model_of(config), batch_of(config, 1, 310)
-    cut = 140
-    firsts = torch.tensor([[0] * cut + [cut] * (310 - cut)], dtype=torch.int32)
+    model, batch = model_of(config), batch_of(config, 1, length)
+    firsts = torch.tensor([[0] * cut + [cut] * (length - cut)], dtype=torch.int32)
     packed = fused.fused_loss(kernels, model, batch.ids, batch.targets, batch.weights, torch.float32, firsts)
     got = gradients(model, packed)
     parts = [
@@ -128,6 +124,14 @@ def test_a_document_does_not_see_the_one_before_it_in_the_row() -> None:
     wanted = gradients(model, alone)
     for name, gradient in wanted.items():  # rotary positions count from the row's start, and only differences matter
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_in_bfloat16_it_is_no_farther_from_the_truth_than_autocast() -> None:
+    no_farther_than_autocast(BASE, 4, 64)
+
+
+def test_a_document_does_not_see_the_one_before_it_in_the_row() -> None:
+    apart_in_a_row(replace(BASE, max_position_embeddings=400), 310, 140)
 
 
 def test_what_it_cannot_do_goes_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.train.kernels import load
-from stateofgpt.train.optim import POLAR_STEPS, MuonAdamW, OptimConfig, orthogonalise
+from stateofgpt.train.optim import MuonAdamW, OptimConfig, orthogonalise, orthogonalised
 
 PLAIN = OptimConfig(weight_decay=0.0, use_muon=False)
 
@@ -53,11 +53,10 @@ def polar(x: Tensor) -> Tensor:
 
 
 def fused(stack: Tensor) -> Tensor:
-    """The iteration by our own products, where there are any for such matrices."""
+    """As the fused optimizer has it: by our own products, where there are any for such matrices."""
     kernels = load()
-    if kernels is None or not kernels.has_tiles(torch.bfloat16) or stack.shape[1] % 32 or stack.shape[2] % 32:
-        pytest.skip("torch's products here")
-    return kernels.polar_(stack.bfloat16(), POLAR_STEPS)
+    assert kernels is not None
+    return orthogonalised(stack.bfloat16(), kernels)
 
 
 Iterated = Callable[[Tensor], Tensor]

@@ -218,7 +218,10 @@ def siblings(model: GPT, per_prompt: int = 7, long: int = 20) -> list[Turn]:
 
 def through(model: GPT | ValueModel, rollouts: Rollouts, way: Way) -> tuple[Tensor, dict[str, Tensor]]:
     """What is found in the sampled places, and the gradients of a weighted sum of it."""
-    found = (values if isinstance(model, ValueModel) else sampled_logprobs)(model, rollouts, way)  # type: ignore[arg-type]
+    if isinstance(model, ValueModel):
+        found = values(model, rollouts, way)
+    else:
+        found = sampled_logprobs(model, rollouts, way)
     model.zero_grad()
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(7)) * rollouts.mask
     (found * weights).sum().backward()  # type: ignore[no-untyped-call]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
-from test_fused import BASE, batch_of, gradients, model_of
+from test_fused import BASE, apart_in_a_row, batch_of, gradients, model_of, no_farther_than_autocast
 
 from stateofgpt.model.gpt import GPTConfig
 from stateofgpt.train import fused, tiled
 from stateofgpt.train.branches import Branches
 from stateofgpt.train.kernels import Kernels, load
-from stateofgpt.train.loss import Batch, LanguageModelLoss
+from stateofgpt.train.loss import LanguageModelLoss
 from stateofgpt.train.optim import POLAR_STEPS, orthogonalise
 
 WIDE = replace(BASE, hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=96)
@@ -35,6 +34,13 @@ def kernels() -> Kernels:
     if not found.has_tiles(torch.float32):
         pytest.skip("this processor has no AVX-512")
     return found
+
+
+@pytest.fixture(scope="module")
+def in_pairs(kernels: Kernels) -> Kernels:
+    if not kernels.has_tiles(torch.bfloat16):
+        pytest.skip("this processor has no products of bfloat16")
+    return kernels
 
 
 def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,32 +73,12 @@ def test_loss_and_every_gradient_are_the_models(
 
 
 @pytest.mark.parametrize("name", ["qwen3", "shared keys", "an odd vocabulary, one layer"])
-def test_in_bfloat16_it_is_no_farther_from_the_truth_than_autocast(kernels: Kernels, name: str) -> None:
-    """Relative error of all gradients together, against float32, at odd lengths: pairs of rows are not all full."""
-    errors = {True: 0.0, False: 0.0}
-    for seed, fused_pass in ((seed, way) for seed in range(4) for way in (False, True)):
-        model, batch = model_of(SHAPES[name], seed), batch_of(SHAPES[name], 3, 67, seed)
-        truth = gradients(model, LanguageModelLoss()(model, batch))
-        rounded = gradients(model, LanguageModelLoss("bfloat16", fused=fused_pass)(model, batch))
-        wrong = math.sqrt(sum(float((rounded[n] - g).norm()) ** 2 for n, g in truth.items()))
-        errors[fused_pass] += wrong / math.sqrt(sum(float(g.norm()) ** 2 for g in truth.values()))
-    assert errors[True] <= 1.1 * errors[False], errors
+def test_in_bfloat16_it_is_no_farther_from_the_truth_than_autocast(in_pairs: Kernels, name: str) -> None:
+    no_farther_than_autocast(SHAPES[name], 3, 67)  # of odd length: pairs of rows are not all full
 
 
 def test_a_document_does_not_see_the_one_before_it_in_the_row(kernels: Kernels) -> None:
-    """Two documents in one row give the losses and gradients of each alone."""
-    model, batch, cut = model_of(WIDE), batch_of(WIDE, 1, 150), 70
-    firsts = torch.tensor([[0] * cut + [cut] * (150 - cut)], dtype=torch.int32)
-    packed = fused.fused_loss(kernels, model, batch.ids, batch.targets, batch.weights, torch.float32, firsts)
-    got = gradients(model, packed)
-    parts = [
-        Batch(batch.ids[:, part], batch.targets[:, part], batch.weights[:, part])
-        for part in (slice(0, cut), slice(cut, None))
-    ]
-    alone = LanguageModelLoss()(model, parts[0]) + LanguageModelLoss()(model, parts[1])
-    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-4)
-    for name, gradient in gradients(model, alone).items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+    apart_in_a_row(WIDE, 150, 70)
 
 
 def test_branches_of_a_row_have_what_each_text_has_alone(kernels: Kernels) -> None:
@@ -168,11 +154,9 @@ def test_the_norm_of_all_gradients_is_torchs(kernels: Kernels, threads: int) -> 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (2, 96, 32), (1, 32, 160)])
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e6])
 def test_muons_iteration_is_nearer_to_the_exact_one_than_torchs_in_bfloat16(
-    kernels: Kernels, shape: tuple[int, int, int], size: float
+    in_pairs: Kernels, shape: tuple[int, int, int], size: float
 ) -> None:
     """Every matrix by the same polynomials in float64; of any size, and of very different rows."""
-    if not kernels.has_tiles(torch.bfloat16):
-        pytest.skip("this processor has no products of bfloat16")
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(*shape[:2], 1, generator=generator)
     given = (torch.randn(*shape, generator=generator) * rows * size).bfloat16()
@@ -182,15 +166,13 @@ def test_muons_iteration_is_nearer_to_the_exact_one_than_torchs_in_bfloat16(
         gram = exact @ exact.mT
         exact = a * exact + (b * gram + c * (gram @ gram)) @ exact
     exact = exact.mT if shape[1] > shape[2] else exact
-    mine, theirs = kernels.polar_(given.clone(), POLAR_STEPS).double(), orthogonalise(given).double()
+    mine, theirs = in_pairs.polar_(given.clone(), POLAR_STEPS).double(), orthogonalise(given).double()
     assert (mine - exact).norm() <= 0.03 * exact.norm()
     assert (mine - exact).norm() <= (theirs - exact).norm()
 
 
-def test_muons_iteration_of_nothing_is_nothing(kernels: Kernels) -> None:
-    if not kernels.has_tiles(torch.bfloat16):
-        pytest.skip("this processor has no products of bfloat16")
-    assert not kernels.polar_(torch.zeros(2, 32, 64).bfloat16(), POLAR_STEPS).any()
+def test_muons_iteration_of_nothing_is_nothing(in_pairs: Kernels) -> None:
+    assert not in_pairs.polar_(torch.zeros(2, 32, 64).bfloat16(), POLAR_STEPS).any()
 
 
 def test_gates_far_from_zero_do_what_torch_does(kernels: Kernels) -> None:

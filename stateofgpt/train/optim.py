@@ -66,6 +66,14 @@ def orthogonalise(stack: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def orthogonalised(update: Tensor, kernels: Kernels) -> Tensor:
+    """The same of `update` [n, rows, columns] in bfloat16, which may be overwritten; by products of our own where the
+    processor has them for such matrices."""
+    rows, columns = update.shape[-2:]
+    small = max(rows, columns) <= LARGEST and rows % 32 == columns % 32 == 0
+    return kernels.polar_(update, POLAR_STEPS) if small and kernels.has_tiles(update.dtype) else orthogonalise(update)
+
+
 class MuonAdamW:
     """One optimizer over the named parameters of a model, with a state that is a flat dict of tensors.
 
@@ -128,12 +136,7 @@ class MuonAdamW:
         lr = self.config.muon_lr * factor * max(1.0, rows / columns) ** 0.5
         if self.kernels is not None:
             update = self.kernels.muon_momentum(grads, momentum, self.config.momentum, scale)
-            small = max(rows, columns) <= LARGEST and rows % 32 == columns % 32 == 0
-            if small and self.kernels.has_tiles(torch.bfloat16):
-                update = self.kernels.polar_(update, POLAR_STEPS)
-            else:
-                update = orthogonalise(update)
-            self.kernels.muon_apply(weights, update, lr, self.config.weight_decay)
+            self.kernels.muon_apply(weights, orthogonalised(update, self.kernels), lr, self.config.weight_decay)
             return
         momentum.lerp_(grads.mul_(scale), 1.0 - self.config.momentum)
         update = orthogonalise(grads.lerp_(momentum, self.config.momentum)).float()
