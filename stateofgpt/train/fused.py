@@ -81,7 +81,7 @@ def fused_loss(
     x, spec = _decoded(kernels, model, ids, dtype, firsts)
     norm, head, asked = model.model.norm.weight, model.lm_head.weight, (targets.reshape(-1), weights.reshape(-1))
     if tiled.fits_head(kernels, model.config, dtype):
-        out: Tensor = tiled.TiledHead.apply(x, norm, head, *asked, spec)
+        out: Tensor = tiled.TiledHead.apply(x, norm, head, *asked, spec.eps, kernels)
     else:
         out = _Head.apply(x, norm, head.to(dtype), *asked, spec)
     return out
@@ -115,15 +115,25 @@ def _decoded(
     tables = (trunk.cos[:length, :half].contiguous(), trunk.sin[:length, :half].contiguous(), positions)
     sizes = (B, T, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
     spec = _Spec(kernels, sizes, tables, blocks, firsts, shared, c.rms_norm_eps)
-    x = trunk.embed_tokens(ids).view(B * T, c.hidden_size).to(dtype)
     layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
     if tiled.fits(kernels, c, dtype):
-        for layer in layers:
-            x = tiled.TiledBlock.apply(x, *_norms(layer), _gains(layer.self_attn, c), spec, *_weights(layer))
-        return x, spec
+        all_sizes = (B, T, c.hidden_size, *sizes[2:], c.intermediate_size, len(layers))
+        rows = tiled.Rows(ids.contiguous(), all_sizes, tables, firsts, shared)
+        tensors = (tensor for layer in layers for tensor in _tensors(layer, c))
+        return tiled.TiledTrunk.apply(trunk.embed_tokens.weight, rows, dtype, spec.eps, kernels, *tensors), spec
+    x = trunk.embed_tokens(ids).view(B * T, c.hidden_size).to(dtype)
     for layer, parts in zip(layers, _prepared(layers, dtype), strict=True):
         x = _Block.apply(x, *parts, *_norms(layer), _gains(layer.self_attn, c), spec)
     return x, spec
+
+
+def _tensors(layer: Block, config: GPTConfig) -> tuple[Tensor | None, ...]:
+    """A layer's tensors in the order of `tiles.OF_LAYER`."""
+    norm, norm_mlp = _norms(layer)
+    q, k, v, o, *rest = _weights(layer)
+    a = layer.self_attn
+    gains = (a.q_norm.weight, a.k_norm.weight) if config.qk_norm else (None, None)
+    return norm, q, k, v, *gains, o, norm_mlp, *rest
 
 
 def _norms(layer: Block) -> tuple[Tensor, Tensor]:

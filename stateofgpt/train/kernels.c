@@ -107,14 +107,64 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t upto32(int64_t n) { return (n + 31) / 32 * 32; }
 static void *room_for(int64_t bytes) { return aligned_alloc(64, (size_t)(bytes + 64) / 64 * 64); }
 
-/* How many probabilities a head of T tokens keeps. */
-static int64_t probabilities(int64_t T) {
-    int64_t sum = 0;
-    for (int64_t from = 0; from < T; from += QUERIES) {
-        const int64_t rows = least(QUERIES, T - from);
-        sum += rows * upto32(from + rows);
+/* What all blocks of a decoder share: B rows of T tokens, C hidden numbers, H heads of queries and K of keys and values
+   with D numbers each, I numbers in the feed-forward, L layers; the tables and masks of `rope_forward` and
+   `softmax_forward`. Of row b the probabilities of a head are of_row[b], those of a head of all rows before it
+   before_row[b]. */
+typedef struct {
+    int64_t B, T, C, H, K, D, I, L;
+    float eps;
+    const float *cosines, *sines;
+    const int64_t *positions;
+    const int32_t *firsts, *shared;
+    int64_t *of_row, *before_row;
+} Shape;
+
+/* A layer's weights, as `model/gpt.py` has them; the gains of query and key heads may be null. */
+typedef struct {
+    const float *norm, *q, *k, *v, *q_norm, *k_norm, *o, *norm_mlp, *gate, *up, *down;
+} Layer;
+
+static inline int64_t all_heads(const Shape *s) { return (s->H + 2 * s->K) * s->D; }
+static inline int64_t of_matrices(const Shape *s) { return s->C * (all_heads(s) + s->H * s->D + 3 * s->I); }
+
+/* sizes: B, T, C, H, K, D, I, L. rows [2 B]: room for of_row and before_row. */
+static Shape shape_of(const int64_t *sizes, float eps, const float *cosines, const float *sines, const int64_t *positions,
+                      const int32_t *firsts, const int32_t *shared, int64_t *rows) {
+    return (Shape){sizes[0], sizes[1], sizes[2],  sizes[3],  sizes[4], sizes[5],        sizes[6], sizes[7],
+                   eps,      cosines,  sines,     positions, firsts,   shared,          rows,     rows + sizes[0]};
+}
+
+/* Which keys the scores of the `rows` queries from `from` on have a column for: the first `shared` and then those from
+   `from` to `end`; together `width`. All are multiples of 32. */
+typedef struct {
+    int64_t rows, shared, from, end, width;
+} Seen;
+
+static Seen seen_by(const Shape *s, int64_t b, int64_t from) {
+    const int64_t rows = least(QUERIES, s->T - from), end = upto32(from + rows);
+    int64_t shared = 0, first = s->firsts ? s->T : 0;
+    for (int64_t t = b * s->T + from; t < b * s->T + from + rows; t++) {
+        if (s->firsts) first = least(first, s->firsts[t]);
+        if (s->shared && s->shared[t] > shared) shared = s->shared[t];
     }
-    return sum;
+    shared = upto32(shared), first = first / 32 * 32;
+    if (shared >= first) shared = first = 0;
+    return (Seen){rows, shared, first, end, shared + end - first};
+}
+
+/* Fill of_row and before_row [B]; how many probabilities a head of all rows has. */
+static int64_t count_probabilities(const Shape *s) {
+    int64_t all = 0;
+    for (int64_t b = 0; b < s->B; b++) {
+        s->before_row[b] = all, s->of_row[b] = 0;
+        for (int64_t from = 0; from < s->T; from += QUERIES) {
+            const Seen seen = seen_by(s, b, from);
+            s->of_row[b] += seen.rows * seen.width;
+        }
+        all += s->of_row[b];
+    }
+    return all;
 }
 
 /* sums [size] += those of the other threads, in order; called by all of them. */
@@ -140,6 +190,7 @@ static void add_up(float *sums, const float *others, int64_t size) {
 #include "lanes.h"
 #include "products.h"
 #include "tiles.h"
+#include "trunk.h"
 int tiles_float32(void) { return 1; }
 #undef PAIR
 #undef MADD
@@ -164,6 +215,7 @@ int tiles_float32(void) { return 1; }
 #include "lanes.h"
 #include "products.h"
 #include "tiles.h"
+#include "trunk.h"
 int tiles_bfloat16(void) { return 1; }
 #endif
 

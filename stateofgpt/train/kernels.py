@@ -12,15 +12,15 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stateofgpt import native
+from stateofgpt.train.tiles import SUFFIX, Tables, Tiles
 
-SOURCES = ("kernels.c", "kernels.h", "lanes.h", "products.h", "tiles.h")
+SOURCES = ("kernels.c", "kernels.h", "lanes.h", "products.h", "tiles.h", "trunk.h")
 FLAGS = (
     "-O3",
     "-march=native",
@@ -31,36 +31,11 @@ FLAGS = (
     "-fno-signed-zeros",
     "-fassociative-math",
 )
-QUERIES = 32  # that attend together, as in `kernels.c`
 Lists = Sequence[Tensor]
-SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-# cosines and sines [positions, D / 2], and the positions [B, T] int64 where they are not 0, 1, 2 ...
-Tables = tuple[Tensor, Tensor, Tensor | None]
-
-
-class Kernels:
+class Kernels(Tiles):
     """The loaded library. Tensors must be contiguous, on the CPU, and of the shapes that `kernels.h` names."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-
-    def _call(self, name: str, *values: Tensor | int | float | ctypes.Array[Any] | None) -> None:
-        """Call a function: tensors and arrays by address, whole numbers as int64, fractions as float, None as null."""
-        words: list[object] = []
-        for value in values:
-            if isinstance(value, Tensor):
-                words.append(ctypes.c_void_p(value.data_ptr()))
-            elif value is None:
-                words.append(ctypes.c_void_p(None))
-            elif isinstance(value, int):
-                words.append(ctypes.c_int64(value))
-            elif isinstance(value, ctypes.Array):
-                words.append(value)
-            else:
-                words.append(ctypes.c_float(value))
-        getattr(self._library, name)(*words, ctypes.c_int(torch.get_num_threads()))
 
     def rmsnorm(self, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """RMSNorm of `x` [N, C] with `gain` [C] float32; the result, and 1 / rms [N] for the way back."""
@@ -153,111 +128,6 @@ class Kernels:
         self._call(name, logits, targets, weights, losses, *logits.shape, int(with_gradient))
         return losses
 
-    def has_tiles(self, dtype: torch.dtype) -> bool:
-        """Whether this processor can do what `tiles.h` has, in this precision."""
-        return dtype in SUFFIX and hasattr(self._library, f"tiles_{SUFFIX[dtype]}")
-
-    def enter_block(
-        self,
-        x: Tensor,
-        norm: Tensor,
-        weights: Sequence[Tensor],
-        gains: Tensor | None,
-        tables: Tables,
-        sizes: tuple[int, ...],
-        eps: float,
-    ) -> tuple[Tensor, ...]:
-        """q, k, v of `x` [B T, C] as `rope` gives them, and what the way back needs: qkv, 1 / rms of rows and heads.
-        `weights` are those of q, k and v, in float32 as all weights below."""
-        B, T, H, K, D = sizes
-        q, k, v = x.new_empty(B, H, T, D), x.new_empty(B, K, T, D), x.new_empty(B, K, T, D)
-        qkv, rstd, rstd_qk = x.new_empty(B * T, (H + 2 * K) * D), torch.empty(B * T), torch.empty(B * T, H + K)
-        made = (rstd, qkv, q, k, v, rstd_qk)
-        name = f"enter_block_{SUFFIX[x.dtype]}"
-        self._call(name, x, norm, *weights, gains, *tables, *made, B, T, x.shape[1], H, K, D, float(eps))
-        return q, k, v, qkv, rstd, rstd_qk
-
-    def enter_block_backward(
-        self,
-        grads: tuple[Tensor, Tensor, Tensor],
-        residual: Tensor,
-        x: Tensor,
-        norm: Tensor,
-        weights: Sequence[Tensor],
-        gains: Tensor | None,
-        tables: Tables,
-        kept: tuple[Tensor, Tensor, Tensor],
-        sizes: tuple[int, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Gradient of `x` with `residual` added; those of the weights, norm and gains [H + K, D], in float32. `kept` is
-        1 / rms of rows, qkv, 1 / rms of heads."""
-        B, T, H, K, D = sizes
-        C, dx = x.shape[1], torch.empty_like(x)
-        shapes = (*(w.shape for w in weights), norm.shape, (H + K, D))
-        sums = torch.empty(sum(map(math.prod, shapes)))
-        name = f"enter_block_backward_{SUFFIX[x.dtype]}"
-        given = (*grads, residual, x, norm, *weights, gains, *tables, *kept)
-        self._call(name, *given, dx, sums, B, T, C, H, K, D)
-        return dx, _apart(sums, shapes)
-
-    def leave_block(
-        self, y: Tensor, x: Tensor, norm: Tensor, weights: Sequence[Tensor], eps: float
-    ) -> tuple[Tensor, ...]:
-        """The block's output of its attention `y` [N, A] and its input `x` [N, C]; and for the way back what lies
-        between attention and feed-forward, its 1 / rms, gate and up. `weights`: output, gate, up, down."""
-        (n, c), inner = x.shape, weights[-1].shape[1]
-        middle, out, rstd, gate_up = torch.empty_like(x), torch.empty_like(x), torch.empty(n), x.new_empty(n, 2 * inner)
-        name = f"leave_block_{SUFFIX[x.dtype]}"
-        self._call(name, y, x, norm, *weights, middle, rstd, gate_up, out, n, c, y.shape[1], inner, float(eps))
-        return out, middle, rstd, gate_up
-
-    def leave_block_backward(
-        self, dout: Tensor, norm: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Gradients of what lies between, of `y`, and of the weights and `norm`, in float32. `kept` is y and what
-        `leave_block` gave after its output."""
-        y, middle, rstd, gate_up = kept
-        (n, c), inner = middle.shape, weights[-1].shape[1]
-        dmiddle, dy = torch.empty_like(middle), torch.empty_like(y)
-        shapes = (*(w.shape for w in weights), norm.shape)
-        made = (dmiddle, dy, torch.empty(sum(map(math.prod, shapes))))
-        name = f"leave_block_backward_{SUFFIX[y.dtype]}"
-        self._call(name, dout, y, norm, *weights, middle, rstd, gate_up, *made, n, c, y.shape[1], inner)
-        return dmiddle, dy, _apart(made[2], shapes)
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, firsts: Tensor | None, sizes: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """Causal attention [B T, H D] of q [B, H, T, D] over k and v [B, K, T, D], and its probabilities."""
-        B, T, H, _, D = sizes
-        size = sum(min(QUERIES, T - start) * (start + QUERIES) for start in range(0, T, QUERIES))
-        probs, y = q.new_empty(B * H, size), q.new_empty(B * T, H * D)
-        self._call(f"attend_{SUFFIX[q.dtype]}", q, k, v, firsts, probs, y, *sizes, D**-0.5)
-        return y, probs
-
-    def attend_backward(
-        self, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, probs: Tensor, sizes: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v."""
-        grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-        self._call(f"attend_backward_{SUFFIX[q.dtype]}", dy, q, k, v, probs, *grads, *sizes, sizes[4] ** -0.5)
-        return grads
-
-    def head(
-        self, x: Tensor, norm: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, eps: float, wanted: bool
-    ) -> tuple[Tensor, ...]:
-        """Weighted losses [N] of `x` [N, C] after `norm` through the head [V, C]; and where they are `wanted` the
-        gradients of x, and of head and norm in float32."""
-        (n, c), vocab = x.shape, weight.shape[0]
-        losses, dx, sums = torch.empty(n), None, None
-        if wanted:
-            dx, sums = torch.empty_like(x), torch.empty(-(-vocab // 32) * 32 * c + c)
-        name = f"head_{SUFFIX[x.dtype]}"
-        self._call(name, x, norm, weight, targets, weights, losses, dx, sums, n, c, vocab, float(eps))
-        if dx is None or sums is None:
-            return (losses,)
-        return losses, dx, sums[: vocab * c].view(vocab, c), sums[-c:]
-
     def adamw(
         self,
         params: Lists,
@@ -287,21 +157,9 @@ class Kernels:
         self._call("muon_momentum", grads, momentum, update, grads.numel(), float(beta), float(scale))
         return update
 
-    def polar_(self, update: Tensor, steps: Sequence[Sequence[float]]) -> Tensor:
-        """Muon's iteration with the coefficients `steps`, on matrices [n, rows, columns] in bfloat16, in place."""
-        numbers = [x for step in steps for x in step]
-        self._call("polar", update, *update.shape, (ctypes.c_float * len(numbers))(*numbers), len(steps))
-        return update
-
     def muon_apply(self, weights: Tensor, update: Tensor, lr: float, decay: float) -> None:
         """Cautious decay and the step of `update`, bfloat16, on `weights`, float32."""
         self._call("muon_apply", weights, update.contiguous(), weights.numel(), float(lr), float(decay))
-
-
-def _apart(sums: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    """Parts of `sums`, one after the other, in their shapes."""
-    parts = sums.split([*map(math.prod, shapes)])
-    return tuple(part.view(*shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------- loading, checking

@@ -58,10 +58,11 @@ ROW float NAME(cross_entropy_lanes)(REAL *x, int64_t target, float w, float *e, 
     return w * (logf(sum) + most - own);
 }
 
-/* Softmax of one row over keys first..end-1 as softmax_row has it; width is a multiple of 32, and so is all of e. */
-ROW void NAME(softmax_lanes)(REAL *s, float *e, int64_t first, int64_t end, int64_t width, float scale) {
-    const int64_t from = first / 32 * 32, to = upto32(end);
-    for (int64_t j = from; j < first; j++) s[j] = STORE(-INFINITY);
+/* Softmax of one row over keys 0..before-1 and first..end-1 as softmax_row has it; width is a multiple of 32, and so is
+   all of e. */
+ROW void NAME(softmax_lanes)(REAL *s, float *e, int64_t before, int64_t first, int64_t end, int64_t width, float scale) {
+    const int64_t from = before ? 0 : first / 32 * 32, to = upto32(end);
+    for (int64_t j = before ? before : from; j < first; j++) s[j] = STORE(-INFINITY);
     for (int64_t j = end; j < to; j++) s[j] = STORE(-INFINITY);
     lanes top[2] = {GET(s + from), GET(s + from + 16)}, sums[2] = {0};
     for (int64_t j = from + 32; j < to; j += 32)
@@ -75,7 +76,7 @@ ROW void NAME(softmax_lanes)(REAL *s, float *e, int64_t first, int64_t end, int6
         }
     const float inverse = 1.0f / _mm512_reduce_add_ps((__m512)(sums[0] + sums[1]));
     for (int64_t j = from; j < to; j += 32) PUT(s + j, *(lanes *)(e + j) * inverse, *(lanes *)(e + j + 16) * inverse);
-    memset(s, 0, sizeof(REAL) * first);
+    memset(s + before, 0, sizeof(REAL) * (first - before));
     memset(s + end, 0, sizeof(REAL) * (width - end));
 }
 

@@ -1,35 +1,26 @@
-"""The fused pass of a narrow decoder, a few tokens at a time: blocks and head whose products are our own.
+"""The fused pass of a narrow decoder, a few tokens at a time: all of its blocks, and its head, by products of our own.
 
-Owns: which models go this way, and the two autograd functions of it, over `tiles.h`. What lies around them is
-`train.fused`'s. Weights come in float32 and are rounded here; their gradients are summed and given in float32.
+Owns: which models go this way, and the two autograd functions of it, over `train.tiles`. Weights come in float32 and are
+rounded there; their gradients are summed and given in float32.
 
 Why: at widths of 64 or 128 each of torch's products writes to memory what the next pass reads from there again, and
-its inner dimension is too short for its tiles. Here a block is four calls on the way forward and back, its attention
-two (`docs/decisions/0033-products-of-our-own.md`).
+its inner dimension is too short for its tiles; and what Python and autograd need for each block is as long as a fifth of
+its products, on one core while the others wait. Here a step is four calls (`docs/decisions/0033-products-of-our-own.md`).
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stateofgpt.model.gpt import GPTConfig
-from stateofgpt.train.attention import Attended, attend, attend_backward
-from stateofgpt.train.kernels import Kernels, Tables
+from stateofgpt.train.kernels import Kernels
+from stateofgpt.train.tiles import OF_LAYER, Rows
 
 WIDEST = 256  # hidden numbers; with 384 a step of float32 gains 5 % and one of bfloat16 loses 3 %
 MOST_HEAD = 1 << 19  # weights of a head: 192 x 2,048 gain 3 %, 256 x 4,096 nothing
-
-
-class Spec(Attended, Protocol):
-    """What all blocks share."""
-
-    @property
-    def tables(self) -> Tables: ...
-    @property
-    def eps(self) -> float: ...
 
 
 def fits(kernels: Kernels, config: GPTConfig, dtype: torch.dtype) -> bool:
@@ -44,44 +35,45 @@ def fits_head(kernels: Kernels, config: GPTConfig, dtype: torch.dtype) -> bool:
     return fits(kernels, config, dtype) and config.vocab_size * config.hidden_size <= MOST_HEAD
 
 
-class TiledBlock(torch.autograd.Function):
-    """One residual block: x [N, C] -> [N, C]. `weights` are those of q, k, v, output, gate, up and down."""
+class TiledTrunk(torch.autograd.Function):
+    """Embedding and all blocks: ids [B, T] of `rows` -> [B T, C], before the last norm. `layers` are the `OF_LAYER`
+    tensors of each layer, one after the other."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_in: Tensor, norm_mlp: Tensor, gains: Tensor | None, spec: Spec, *weights: Tensor
+        ctx: Any,
+        embedding: Tensor,
+        rows: Rows,
+        dtype: torch.dtype,
+        eps: float,
+        kernels: Kernels,
+        *layers: Tensor | None,
     ) -> Tensor:
-        k = spec.kernels
-        q, key, v, qkv, *rstd = k.enter_block(x, norm_in, weights[:3], gains, spec.tables, spec.sizes, spec.eps)
-        if spec.shared is None:
-            y, *probs = k.attend(q, key, v, spec.firsts, spec.sizes)
-        else:
-            y, probs = attend(q, key, v, spec)
-        out, *rest = k.leave_block(y, x, norm_mlp, weights[3:], spec.eps)
-        ctx.spec = spec
-        ctx.save_for_backward(x, norm_in, norm_mlp, gains, *weights, q, key, v, qkv, *rstd, y, *rest, *probs)
+        keep = any(ctx.needs_input_grad)
+        out, room = kernels.trunk(embedding, layers, rows, dtype, eps, keep)
+        if keep:
+            ctx.rows, ctx.kernels, ctx.vocabulary = rows, kernels, embedding.shape[0]
+            ctx.save_for_backward(room, *layers)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_in, norm_mlp, gains, *kept = ctx.saved_tensors
-        into, rest, (q, key, v, qkv, rstd, rstd_qk), left, probs = (
-            kept[:3],
-            kept[3:7],
-            kept[7:13],
-            kept[13:17],
-            kept[17:],
-        )
-        k, sizes, tables = ctx.spec.kernels, ctx.spec.sizes, ctx.spec.tables
-        dmiddle, dy, (*of_rest, dnorm_mlp) = k.leave_block_backward(dout.contiguous(), norm_mlp, rest, left)
-        if ctx.spec.shared is None:
-            grads = k.attend_backward(dy, q, key, v, probs[0], sizes)
-        else:
-            grads = tuple(x.contiguous() for x in attend_backward(dy, q, key, v, probs, ctx.spec))
-        dx, (*of_into, dnorm_in, dgains) = k.enter_block_backward(
-            grads, dmiddle, x, norm_in, into, gains, tables, (rstd, qkv, rstd_qk), sizes
-        )
-        return dx, dnorm_in, dnorm_mlp, None if gains is None else dgains, None, *of_into, *of_rest
+        room, *layers = ctx.saved_tensors
+        vocabulary = ctx.vocabulary if ctx.needs_input_grad[0] else None
+        embedding, grads = ctx.kernels.trunk_backward(dout.contiguous(), layers, ctx.rows, room, vocabulary)
+        starts = range(0, len(layers), OF_LAYER)
+        apart = (_apart(own, layers[at : at + OF_LAYER], ctx.rows) for own, at in zip(grads, starts, strict=True))
+        return embedding, None, None, None, None, *(grad for layer in apart for grad in layer)
+
+
+def _apart(grads: Tensor, layer: list[Tensor | None], rows: Rows) -> tuple[Tensor | None, ...]:
+    """A layer's gradients as `trunk.h` lays them out, in the order and the shapes of its tensors."""
+    _, _, C, H, K, D, inner, _ = rows.sizes
+    A, of_keys, of_gate = H * D, K * D, inner * C
+    sizes = (A * C, of_keys * C, of_keys * C, C, A, of_keys, C * A, of_gate, of_gate, of_gate, C)
+    q, k, v, norm, of_q, of_k, *rest = grads.split(sizes)
+    ordered = (norm, q, k, v, of_q[:D], of_k[:D], *rest[:1], rest[-1], *rest[1:-1])
+    return tuple(None if x is None else g.view(x.shape) for g, x in zip(ordered, layer, strict=True))
 
 
 class TiledHead(torch.autograd.Function):
@@ -89,10 +81,17 @@ class TiledHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, spec: Spec
+        ctx: Any,
+        x: Tensor,
+        norm: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        eps: float,
+        kernels: Kernels,
     ) -> Tensor:
         wanted = any(ctx.needs_input_grad)
-        losses, *grads = spec.kernels.head(x, norm, weight, targets, weights, spec.eps, wanted)
+        losses, *grads = kernels.head(x, norm, weight, targets, weights, eps, wanted)
         if wanted:
             ctx.save_for_backward(*grads)
         return losses.sum()
@@ -100,4 +99,4 @@ class TiledHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight, dnorm = ctx.saved_tensors
-        return dx * dout.to(dx.dtype), dnorm * dout, dweight * dout, None, None, None
+        return dx * dout.to(dx.dtype), dnorm * dout, dweight * dout, None, None, None, None

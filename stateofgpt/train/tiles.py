@@ -1,0 +1,123 @@
+"""The calls of a narrow decoder's products: all of its blocks, its head, and Muon's iteration.
+
+Owns: how the functions of `trunk.h` and `tiles.h` are called on tensors, and what they are given. Knows no autograd and
+no module. `train.kernels` loads the library, and has the calls of all other kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+# cosines and sines [positions, D / 2], and the positions [B, T] int64 where they are not 0, 1, 2 ...
+Tables = tuple[Tensor, Tensor, Tensor | None]
+OF_LAYER = 11  # tensors: norm, q, k, v, gains of queries and of keys (or None), output, norm, gate, up, down
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens and what a decoder is told of them: `sizes` B, T, C, H, K, D, I, layers; `firsts` and `shared`
+    [B, T] int32 as in `softmax_`."""
+
+    ids: Tensor
+    sizes: tuple[int, ...]
+    tables: Tables
+    firsts: Tensor | None
+    shared: Tensor | None
+
+    def arrays(self) -> tuple[ctypes.Array[Any], tuple[Tensor | None, ...]]:
+        """The sizes, and tables and masks, as the library takes them."""
+        return (ctypes.c_int64 * len(self.sizes))(*self.sizes), (*self.tables, self.firsts, self.shared)
+
+
+class Calls:
+    """A loaded library, and how its functions are called."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def _call(self, name: str, *values: Tensor | int | float | ctypes.Array[Any] | None) -> None:
+        """Call a function: tensors and arrays by address, whole numbers as int64, fractions as float, None as null."""
+        words: list[object] = []
+        for value in values:
+            if isinstance(value, Tensor):
+                words.append(ctypes.c_void_p(value.data_ptr()))
+            elif value is None:
+                words.append(ctypes.c_void_p(None))
+            elif isinstance(value, int):
+                words.append(ctypes.c_int64(value))
+            elif isinstance(value, ctypes.Array):
+                words.append(value)
+            else:
+                words.append(ctypes.c_float(value))
+        getattr(self._library, name)(*words, ctypes.c_int(torch.get_num_threads()))
+
+
+class Tiles(Calls):
+    """The products of our own. Weights are float32 and rounded in the library; gradients of weights are float32."""
+
+    def has_tiles(self, dtype: torch.dtype) -> bool:
+        """Whether this processor can do what `tiles.h` has, in this precision."""
+        return dtype in SUFFIX and hasattr(self._library, f"tiles_{SUFFIX[dtype]}")
+
+    def trunk(
+        self, embedding: Tensor, layers: Sequence[Tensor | None], rows: Rows, dtype: torch.dtype, eps: float, keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What a decoder makes of `rows`: [B T, C], not normalised yet; and what its way back needs, where it is to
+        `keep` that. `embedding` [vocabulary, C]; `layers`: `OF_LAYER` tensors of each."""
+        B, T, C, *_ = rows.sizes
+        sizes, (cosines, sines, positions, firsts, shared) = rows.arrays()
+        needed = (ctypes.c_int64 * 1)()
+        self._call(f"trunk_bytes_{SUFFIX[dtype]}", sizes, firsts, shared, int(keep), needed)
+        room, out = torch.empty(needed[0], dtype=torch.uint8), torch.empty(B * T, C, dtype=dtype)
+        told = (rows.ids, cosines, sines, positions, firsts, shared)
+        self._call(
+            f"trunk_{SUFFIX[dtype]}", sizes, _addresses(layers), embedding, *told, int(keep), room, out, float(eps)
+        )
+        return out, room
+
+    def trunk_backward(
+        self, dout: Tensor, layers: Sequence[Tensor | None], rows: Rows, room: Tensor, vocabulary: int | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """From the gradient of `trunk`'s result that of the embedding [vocabulary, C] (None without a vocabulary), and
+        those of all layers, one after the other as `trunk.h` lays them out."""
+        _, _, C, H, K, D, inner, n_layers = rows.sizes
+        sizes, told = rows.arrays()
+        grads = torch.empty(n_layers, C * (2 * H + 2 * K) * D + 3 * inner * C + 2 * C + (H + K) * D)
+        embedding = None if vocabulary is None else torch.empty(vocabulary, C)
+        given = (sizes, _addresses(layers), rows.ids, *told, room, dout, grads, embedding, vocabulary or 0)
+        self._call(f"trunk_backward_{SUFFIX[dout.dtype]}", *given)
+        return embedding, grads
+
+    def head(
+        self, x: Tensor, norm: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, eps: float, wanted: bool
+    ) -> tuple[Tensor, ...]:
+        """Weighted losses [N] of `x` [N, C] after `norm` through the head [V, C]; and where they are `wanted` the
+        gradients of x, and of head and norm in float32."""
+        (n, c), vocab = x.shape, weight.shape[0]
+        losses, dx, sums = torch.empty(n), None, None
+        if wanted:
+            dx, sums = torch.empty_like(x), torch.empty(-(-vocab // 32) * 32 * c + c)
+        name = f"head_{SUFFIX[x.dtype]}"
+        self._call(name, x, norm, weight, targets, weights, losses, dx, sums, n, c, vocab, float(eps))
+        if dx is None or sums is None:
+            return (losses,)
+        return losses, dx, sums[: vocab * c].view(vocab, c), sums[-c:]
+
+    def polar_(self, update: Tensor, steps: Sequence[Sequence[float]]) -> Tensor:
+        """Muon's iteration with the coefficients `steps`, on matrices [n, rows, columns] in bfloat16, in place."""
+        numbers = [x for step in steps for x in step]
+        self._call("polar", update, *update.shape, (ctypes.c_float * len(numbers))(*numbers), len(steps))
+        return update
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> ctypes.Array[Any]:
+    """Where tensors lie; nowhere where there is none."""
+    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))

@@ -1,0 +1,160 @@
+/* All blocks of a decoder in one call forward and one back, of one precision: between embedding and final norm nothing is
+   asked of anybody else, so that the threads of a team meet only where one needs what another has made. Pieces are those
+   of `tiles.h`.
+
+   What the way back needs lies in `room`, `trunk_bytes` long: where rows begin among the probabilities, all matrices
+   rounded, the inputs of all layers, and what each layer keeps. Where nothing is kept, layers take turns in it. */
+
+static uintptr_t NAME(take)(uintptr_t *at, int64_t bytes) {
+    const uintptr_t here = *at;
+    *at += (uintptr_t)(bytes + 63) / 64 * 64;
+    return here;
+}
+
+/* The matrices of all layers, rounded, in `room`. */
+static REAL *NAME(rounded_at)(const Shape *s, uintptr_t room) {
+    NAME(take)(&room, sizeof(int64_t) * 2 * s->B);
+    return (REAL *)room;
+}
+
+/* What one layer keeps, in `room`; `*end` is where the last layer's ends. */
+static NAME(Kept) NAME(kept_at)(const Shape *s, uintptr_t room, int64_t keep, int64_t layer, uintptr_t *end) {
+    const int64_t N = s->B * s->T, A = s->H * s->D, x = sizeof(REAL) * N * s->C, heads = s->H + s->K;
+    NAME(Kept) k;
+    NAME(take)(&room, sizeof(int64_t) * 2 * s->B);
+    NAME(take)(&room, sizeof(REAL) * s->L * of_matrices(s));
+    const uintptr_t xs = NAME(take)(&room, (keep ? s->L : 2) * x), begin = room;
+    k.x = (REAL *)(xs + (keep ? layer : layer % 2) * x);
+    for (int64_t turn = 0; turn <= (keep ? layer : 0); turn++) {
+        k.qkv = (REAL *)NAME(take)(&room, sizeof(REAL) * N * all_heads(s));
+        k.q = (REAL *)NAME(take)(&room, sizeof(REAL) * N * A);
+        k.k = (REAL *)NAME(take)(&room, sizeof(REAL) * N * s->K * s->D);
+        k.v = (REAL *)NAME(take)(&room, sizeof(REAL) * N * s->K * s->D);
+        k.y = (REAL *)NAME(take)(&room, sizeof(REAL) * N * A);
+        k.middle = (REAL *)NAME(take)(&room, x);
+        k.gate_up = (REAL *)NAME(take)(&room, sizeof(REAL) * N * 2 * s->I);
+        k.probs = (REAL *)NAME(take)(&room, sizeof(REAL) * s->H * (s->before_row[s->B - 1] + s->of_row[s->B - 1]));
+        k.rstd = (float *)NAME(take)(&room, sizeof(float) * N);
+        k.rstd_qk = (float *)NAME(take)(&room, sizeof(float) * N * heads);
+        k.rstd_mlp = (float *)NAME(take)(&room, sizeof(float) * N);
+        if (turn == 0) *end = begin + (keep ? s->L : 1) * (room - begin);
+    }
+    return k;
+}
+
+/* How long `room` is. */
+void NAME(trunk_bytes)(const int64_t *sizes, const int32_t *firsts, const int32_t *shared, int64_t keep, int64_t *bytes) {
+    int64_t *rows = room_for(sizeof(int64_t) * 2 * sizes[0]);
+    const Shape s = shape_of(sizes, 0.0f, NULL, NULL, NULL, firsts, shared, rows);
+    uintptr_t end;
+    count_probabilities(&s);
+    NAME(kept_at)(&s, 0, keep, 0, &end);
+    *bytes = (int64_t)end;
+    free(rows);
+}
+
+/* A layer's gains of all heads [H + K, D], or null where it has none. */
+static const float *NAME(gains_of)(const Shape *s, const Layer *layer, float *room) {
+    if (!layer->q_norm) return NULL;
+    for (int64_t h = 0; h < s->H + s->K; h++)
+        memcpy(room + h * s->D, h < s->H ? layer->q_norm : layer->k_norm, sizeof(float) * s->D);
+    return room;
+}
+
+/* From ids [B, T] through all blocks to out [B T, C], which is not normalised yet. embedding [vocabulary, C]. */
+void NAME(trunk)(const int64_t *sizes, const Layer *layers, const float *embedding, const int64_t *ids,
+                 const float *cosines, const float *sines, const int64_t *positions, const int32_t *firsts,
+                 const int32_t *shared, int64_t keep, char *room, REAL *out, float eps, int threads) {
+    const Shape s = shape_of(sizes, eps, cosines, sines, positions, firsts, shared, (int64_t *)room);
+    const int64_t N = s.B * s.T, C = s.C, size = of_matrices(&s);
+    REAL *rounded = NAME(rounded_at)(&s, (uintptr_t)room);
+    word *panels = room_for(sizeof(REAL) * s.L * size);
+    count_probabilities(&s);
+#pragma omp parallel num_threads(threads)
+    {
+        float *gains = room_for(sizeof(float) * (s.H + s.K) * s.D);
+        uintptr_t end;
+        int64_t first, last;
+        share((N + TOKENS - 1) / TOKENS, &first, &last);
+        for (int64_t l = 0; l < s.L; l++) NAME(round_layer)(&s, layers + l, rounded + l * size);
+        REAL *x = s.L ? NAME(kept_at)(&s, (uintptr_t)room, keep, 0, &end).x : out;
+        for (int64_t n = first * TOKENS; n < least(last * TOKENS, N); n++)
+            for (int64_t j = 0; j < C; j++) x[n * C + j] = STORE(embedding[ids[n] * C + j]);
+#pragma omp barrier
+        for (int64_t l = 0; l < s.L; l++) NAME(panels_of_layer)(&s, rounded + l * size, panels + l * size / PAIR);
+        for (int64_t l = 0; l < s.L; l++) {
+            const NAME(Kept) kept = NAME(kept_at)(&s, (uintptr_t)room, keep, l, &end);
+            const NAME(Words) words = NAME(words_at)(&s, panels + l * size / PAIR);
+            if (l == 0) {
+#pragma omp barrier
+            }
+            NAME(enter)(&s, layers[l].norm, NAME(gains_of)(&s, layers + l, gains), words.qkv, &kept);
+#pragma omp barrier
+            NAME(attend)(&s, &kept);
+#pragma omp barrier
+            NAME(leave)(&s, layers[l].norm_mlp, &words, &kept,
+                        l + 1 < s.L ? NAME(kept_at)(&s, (uintptr_t)room, keep, l + 1, &end).x : out);
+        }
+        free(gains);
+    }
+    free(panels);
+}
+
+/* The way back from dout [B T, C]. grads, a layer after the other: as enter_backward has them and then as leave_backward,
+   of the gains those of the first query head and of the first key head, summed over heads. dembedding [vocabulary, C]
+   may be null. */
+void NAME(trunk_backward)(const int64_t *sizes, const Layer *layers, const int64_t *ids, const float *cosines,
+                          const float *sines, const int64_t *positions, const int32_t *firsts, const int32_t *shared,
+                          char *room, const REAL *dout, float *grads, float *dembedding, int64_t vocabulary,
+                          int threads) {
+    const Shape s = shape_of(sizes, 0.0f, cosines, sines, positions, firsts, shared, (int64_t *)room);
+    const int64_t N = s.B * s.T, C = s.C, A = s.H * s.D, size = of_matrices(&s), heads = s.H + s.K;
+    const int64_t of_gains = all_heads(&s) * C + C, of_enter = of_gains + heads * s.D, of_layer = size + 2 * C + heads * s.D;
+    REAL *rounded = NAME(rounded_at)(&s, (uintptr_t)room);
+    word *rooms = room_for(sizeof(REAL) * s.L * size);
+    float *others = room_for(sizeof(float) * (threads - 1) * s.L * of_layer);
+    REAL *dx = room_for(sizeof(REAL) * N * (2 * C + 2 * A + 2 * s.K * s.D)), *dmiddle = dx + N * C, *dy = dmiddle + N * C;
+    REAL *dq = dy + N * A, *dk = dq + N * A, *dv = dk + N * s.K * s.D;
+#pragma omp parallel num_threads(threads)
+    {
+        NAME(Words) *words = room_for(sizeof(NAME(Words)) * s.L);
+        float *gains = room_for(sizeof(float) * heads * s.D);
+        uintptr_t end;
+        int64_t first, last;
+        const int64_t me = share(vocabulary, &first, &last);
+        float *own = me ? others + (me - 1) * s.L * of_layer : grads;
+        memset(own, 0, sizeof(float) * s.L * of_layer);
+        if (dembedding) memset(dembedding + first * C, 0, sizeof(float) * (last - first) * C);
+        for (int64_t l = 0; l < s.L; l++)
+            words[l] = NAME(down_of_layer)(&s, rounded + l * size, rooms + l * size / PAIR);
+#pragma omp barrier
+        for (int64_t l = s.L - 1; l >= 0; l--) {
+            const NAME(Kept) kept = NAME(kept_at)(&s, (uintptr_t)room, 1, l, &end);
+            NAME(leave_backward)(&s, layers[l].norm_mlp, words + l, &kept, l + 1 < s.L ? dx : dout, dmiddle, dy,
+                                 own + l * of_layer + of_enter);
+#pragma omp barrier
+            NAME(attend_backward)(&s, &kept, dy, dq, dk, dv);
+#pragma omp barrier
+            NAME(enter_backward)(&s, layers[l].norm, NAME(gains_of)(&s, layers + l, gains), words[l].qkv, &kept, dq, dk,
+                                 dv, dmiddle, dx, own + l * of_layer);
+        }
+        add_up(grads, others, s.L * of_layer);
+        if (dembedding) { /* each thread some numbers of all tokens, in order */
+            share(C, &first, &last);
+            for (int64_t n = 0; n < N; n++)
+                for (int64_t j = first; j < last; j++) dembedding[ids[n] * C + j] += LOAD((s.L ? dx : dout)[n * C + j]);
+        }
+#pragma omp barrier
+        share(s.L, &first, &last);
+        for (int64_t l = first; l < last; l++)
+            for (int64_t h = 1; h < heads; h++) {
+                float *to = grads + l * of_layer + of_gains + (h < s.H ? 0 : s.H) * s.D;
+                for (int64_t j = 0; j < s.D && h != s.H; j++) to[j] += grads[l * of_layer + of_gains + h * s.D + j];
+            }
+        free(gains);
+        free(words);
+    }
+    free(dx);
+    free(others);
+    free(rooms);
+}
