@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stateofgpt.model.gpt import GPT, MLP, Attention, Block, GPTConfig, Trunk
-from stateofgpt.model.lora import adapters, effective_weight
+from stateofgpt.model.lora import LoraLinear, effective_weight
 from stateofgpt.train import tiled
 from stateofgpt.train.attention import BLOCK, Queries, attend, attend_backward
 from stateofgpt.train.branches import Branches
@@ -56,7 +56,7 @@ def knows(model: Decoder) -> bool:
     """Whether the fused pass can compute this model; it knows no biases, and no dropout in adapters."""
     c = model.config
     known = c.arch in ("qwen3", "llama") and c.head_dim % 2 == 0 and not (c.attention_bias or c.mlp_bias)
-    return known and not any(adapter.lora_dropout for adapter in adapters(model.model).values())
+    return known and not any(isinstance(m, LoraLinear) and m.lora_dropout for m in model.model.modules())
 
 
 def fits(model: Decoder, ids: Tensor, branches: Branches | None = None) -> bool:
@@ -87,6 +87,32 @@ def fused_loss(
     return out
 
 
+def leave_gradients(
+    kernels: Kernels,
+    model: GPT,
+    ids: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype,
+    firsts: Tensor | None = None,
+) -> Tensor | None:
+    """The loss of `fused_loss`, detached; its gradients are added to the `.grad` of all parameters. None, and nothing
+    done, where only autograd can do that: with torch's products, or adapters."""
+    c, trunk, head = model.config, model.model, model.lm_head.weight
+    layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
+    if not tiled.fits_head(kernels, c, dtype):
+        return None
+    tensors = [tensor for layer in layers for tensor in _tensors(layer, c)]
+    if not all(tensor is None or tensor.is_leaf for tensor in tensors):
+        return None
+    rows = _rows(model, ids, (*_tables(trunk, c, ids.shape[1]), None), firsts, None, len(layers))
+    embedding, asked = trunk.embed_tokens.weight, (targets.reshape(-1), weights.reshape(-1))
+    with torch.no_grad():
+        return tiled.leave_gradients(
+            kernels, embedding, tensors, trunk.norm.weight, head, rows, *asked, dtype, c.rms_norm_eps
+        )
+
+
 def fused_hidden(
     kernels: Kernels, model: Decoder, ids: Tensor, dtype: torch.dtype, branches: Branches | None = None
 ) -> Tensor:
@@ -107,24 +133,39 @@ def _decoded(
     """Everything from the embedding up to the final norm: [B T, C]."""
     c, trunk = model.config, model.model
     B, T = ids.shape
-    half, shared, positions = c.head_dim // 2, None, None
+    shared, positions = None, None
     length, blocks = T, tuple(Queries(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK))
     if branches is not None:
         firsts, shared, positions, length = branches.firsts, branches.shared, branches.positions, branches.longest
         blocks = tuple(Queries(*numbers) for numbers in branches.blocks(BLOCK))
-    tables = (trunk.cos[:length, :half].contiguous(), trunk.sin[:length, :half].contiguous(), positions)
+    tables = (*_tables(trunk, c, length), positions)
     sizes = (B, T, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
     spec = _Spec(kernels, sizes, tables, blocks, firsts, shared, c.rms_norm_eps)
     layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
     if tiled.fits(kernels, c, dtype):
-        all_sizes = (B, T, c.hidden_size, *sizes[2:], c.intermediate_size, len(layers))
-        rows = tiled.Rows(ids.contiguous(), all_sizes, tables, firsts, shared)
+        rows = _rows(model, ids, tables, firsts, shared, len(layers))
         tensors = (tensor for layer in layers for tensor in _tensors(layer, c))
         return tiled.TiledTrunk.apply(trunk.embed_tokens.weight, rows, dtype, spec.eps, kernels, *tensors), spec
     x = trunk.embed_tokens(ids).view(B * T, c.hidden_size).to(dtype)
     for layer, parts in zip(layers, _prepared(layers, dtype), strict=True):
         x = _Block.apply(x, *parts, *_norms(layer), _gains(layer.self_attn, c), spec)
     return x, spec
+
+
+def _tables(trunk: Trunk, config: GPTConfig, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the first `length` positions [length, D / 2]."""
+    half = config.head_dim // 2
+    return trunk.cos[:length, :half].contiguous(), trunk.sin[:length, :half].contiguous()
+
+
+def _rows(
+    model: Decoder, ids: Tensor, tables: Tables, firsts: Tensor | None, shared: Tensor | None, n_layers: int
+) -> tiled.Rows:
+    """What `train.tiles` is told of `ids` [B, T]."""
+    c = model.config
+    heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+    sizes = (*ids.shape, c.hidden_size, *heads, c.intermediate_size, n_layers)
+    return tiled.Rows(ids.contiguous(), sizes, tables, firsts, shared)
 
 
 def _tensors(layer: Block, config: GPTConfig) -> tuple[Tensor | None, ...]:

@@ -45,6 +45,24 @@ class Movable(Weighted, Protocol):
 Loss = Callable[[Any, Any], Tensor]  # (model, batch) -> loss summed over the batch's targets
 
 
+@runtime_checkable
+class Backward(Protocol):
+    """A loss that has a way of its own to its gradients."""
+
+    def backward(self, model: Any, batch: Any, divisor: float) -> Tensor:
+        """The loss over `divisor`, detached; its gradients are added to the parameters' `.grad`."""
+
+
+def backward(loss: object, model: Any, batch: Any, divisor: float) -> Tensor:
+    """A `Loss` over `divisor`, detached; its gradients are added to the parameters' `.grad`."""
+    if isinstance(loss, Backward):
+        return loss.backward(model, batch, divisor)
+    assert callable(loss)
+    value: Tensor = loss(model, batch) / divisor
+    value.backward()
+    return value.detach()
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """What the loop itself needs to know."""
@@ -126,9 +144,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._own_randomness():
             for batch in batches:
-                value = loss(self.model, batch) / total_weight
-                value.backward()
-                total += value.detach()
+                total += backward(loss, self.model, batch, total_weight)
         grads = [p.grad for p in self.optimizer.params.values() if p.grad is not None]
         kernels = self.optimizer.kernels
         if kernels is not None and all(g.dtype == torch.float32 and g.device.type == "cpu" for g in grads):

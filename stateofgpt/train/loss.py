@@ -162,6 +162,19 @@ class LanguageModelLoss:
                 h, model.lm_head.weight, batch.targets.flatten(), batch.weights.flatten(), rows, self._part
             )
 
+    def backward(self, model: GPT, batch: Batch, divisor: float) -> Tensor:
+        """`self(model, batch) / divisor`, detached; its gradients are added to the parameters' `.grad`, by autograd or,
+        where all of the model is products of our own, without."""
+        kernels = self.kernels
+        if kernels is not None and fused_pass.fits(model, batch.ids):
+            asked = (batch.ids, batch.targets, batch.weights / divisor)
+            found = fused_pass.leave_gradients(kernels, model, *asked, self.way.torch_dtype, batch.firsts)
+            if found is not None:
+                return found
+        value = self(model, batch) / divisor
+        value.backward()
+        return value.detach()
+
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

@@ -1,15 +1,17 @@
 """The fused pass of a narrow decoder, a few tokens at a time: all of its blocks, and its head, by products of our own.
 
-Owns: which models go this way, and the two autograd functions of it, over `train.tiles`. Weights come in float32 and are
-rounded there; their gradients are summed and given in float32.
+Owns: which models go this way, the two autograd functions of it, and the same without autograd, over `train.tiles`.
+Weights come in float32 and are rounded there; their gradients are summed and given in float32.
 
 Why: at widths of 64 or 128 each of torch's products writes to memory what the next pass reads from there again, and
-its inner dimension is too short for its tiles; and what Python and autograd need for each block is as long as a fifth of
-its products, on one core while the others wait. Here a step is four calls (`docs/decisions/0033-products-of-our-own.md`).
+its inner dimension is too short for its tiles; and what Python and autograd do between calls is done on one core, while
+the others wait. Here a step is three calls (`docs/decisions/0033-products-of-our-own.md`).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,21 +61,34 @@ class TiledTrunk(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         room, *layers = ctx.saved_tensors
-        vocabulary = ctx.vocabulary if ctx.needs_input_grad[0] else None
-        embedding, grads = ctx.kernels.trunk_backward(dout.contiguous(), layers, ctx.rows, room, vocabulary)
-        starts = range(0, len(layers), OF_LAYER)
-        apart = (_apart(own, layers[at : at + OF_LAYER], ctx.rows) for own, at in zip(grads, starts, strict=True))
-        return embedding, None, None, None, None, *(grad for layer in apart for grad in layer)
+        embedding = torch.zeros(ctx.vocabulary, ctx.rows.sizes[2]) if ctx.needs_input_grad[0] else None
+        grads = ctx.kernels.trunk_backward(dout.contiguous(), layers, ctx.rows, room, embedding)
+        pairs = zip(layers, _apart(grads, ctx.rows), strict=True)
+        return embedding, None, None, None, None, *(None if layer is None else grad for layer, grad in pairs)
 
 
-def _apart(grads: Tensor, layer: list[Tensor | None], rows: Rows) -> tuple[Tensor | None, ...]:
-    """A layer's gradients as `trunk.h` lays them out, in the order and the shapes of its tensors."""
-    _, _, C, H, K, D, inner, _ = rows.sizes
-    A, of_keys, of_gate = H * D, K * D, inner * C
-    sizes = (A * C, of_keys * C, of_keys * C, C, A, of_keys, C * A, of_gate, of_gate, of_gate, C)
-    q, k, v, norm, of_q, of_k, *rest = grads.split(sizes)
-    ordered = (norm, q, k, v, of_q[:D], of_k[:D], *rest[:1], rest[-1], *rest[1:-1])
-    return tuple(None if x is None else g.view(x.shape) for g, x in zip(ordered, layer, strict=True))
+def _apart(grads: Tensor, rows: Rows) -> list[Tensor]:
+    """The layers' gradients as `trunk.h` lays them out, in the order and the shapes of their tensors."""
+    _, _, C, H, K, D, inner, n_layers = rows.sizes
+    shapes = (
+        (H * D, C),
+        (K * D, C),
+        (K * D, C),
+        (C,),
+        (H, D),
+        (K, D),
+        (C, H * D),
+        (inner, C),
+        (inner, C),
+        (C, inner),
+        (C,),
+    )
+    parts = grads.split([math.prod(shape) for shape in shapes] * n_layers)
+    out: list[Tensor] = []
+    for at in range(0, len(parts), OF_LAYER):
+        q, k, v, norm, of_q, of_k, o, gate, up, down, norm_mlp = map(Tensor.view, parts[at : at + OF_LAYER], shapes)
+        out += norm, q, k, v, of_q[0], of_k[0], o, norm_mlp, gate, up, down
+    return out
 
 
 class TiledHead(torch.autograd.Function):
@@ -100,3 +115,31 @@ class TiledHead(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight, dnorm = ctx.saved_tensors
         return dx * dout.to(dx.dtype), dnorm * dout, dweight * dout, None, None, None, None
+
+
+def leave_gradients(
+    kernels: Kernels,
+    embedding: Tensor,
+    layers: Sequence[Tensor | None],
+    norm: Tensor,
+    head: Tensor,
+    rows: Rows,
+    targets: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype,
+    eps: float,
+) -> Tensor:
+    """The loss that `TiledTrunk` and `TiledHead` make, summed by `weights` [N]; every gradient is added to the `.grad`
+    of its parameter. Autograd's bookkeeping would take a tenth of a small model's step."""
+    x, room = kernels.trunk(embedding, layers, rows, dtype, eps, keep=True)
+    losses, dx, of_head, of_norm = kernels.head(x, norm, head, targets, weights, eps, wanted=True)
+    of_embedding = of_head if head is embedding else torch.zeros(embedding.shape)
+    grads = kernels.trunk_backward(dx, layers, rows, room, of_embedding)
+    made = [(norm, of_norm), (head, of_head), *zip(layers, _apart(grads, rows), strict=True)]
+    if head is not embedding:
+        made.append((embedding, of_embedding))
+    for parameter, gradient in made:
+        if parameter is None or not parameter.requires_grad:
+            continue
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    return losses.sum()

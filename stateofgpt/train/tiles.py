@@ -84,17 +84,16 @@ class Tiles(Calls):
         return out, room
 
     def trunk_backward(
-        self, dout: Tensor, layers: Sequence[Tensor | None], rows: Rows, room: Tensor, vocabulary: int | None
-    ) -> tuple[Tensor | None, Tensor]:
-        """From the gradient of `trunk`'s result that of the embedding [vocabulary, C] (None without a vocabulary), and
-        those of all layers, one after the other as `trunk.h` lays them out."""
+        self, dout: Tensor, layers: Sequence[Tensor | None], rows: Rows, room: Tensor, embedding: Tensor | None
+    ) -> Tensor:
+        """From the gradient of `trunk`'s result those of all layers, one after the other as `trunk.h` lays them out;
+        that of the embedding is added to `embedding` [vocabulary, C] float32, where it is wanted."""
         _, _, C, H, K, D, inner, n_layers = rows.sizes
         sizes, told = rows.arrays()
-        grads = torch.empty(n_layers, C * (2 * H + 2 * K) * D + 3 * inner * C + 2 * C + (H + K) * D)
-        embedding = None if vocabulary is None else torch.empty(vocabulary, C)
-        given = (sizes, _addresses(layers), rows.ids, *told, room, dout, grads, embedding, vocabulary or 0)
+        grads = torch.empty(n_layers * (C * (2 * H + 2 * K) * D + 3 * inner * C + 2 * C + (H + K) * D))
+        given = (sizes, _addresses(layers), rows.ids, *told, room, dout, grads, embedding)
         self._call(f"trunk_backward_{SUFFIX[dout.dtype]}", *given)
-        return embedding, grads
+        return grads
 
     def head(
         self, x: Tensor, norm: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, eps: float, wanted: bool

@@ -101,12 +101,11 @@ void NAME(trunk)(const int64_t *sizes, const Layer *layers, const float *embeddi
 }
 
 /* The way back from dout [B T, C]. grads, a layer after the other: as enter_backward has them and then as leave_backward,
-   of the gains those of the first query head and of the first key head, summed over heads. dembedding [vocabulary, C]
-   may be null. */
+   of the gains those of the first query head and of the first key head, summed over heads. What is due to the embedding
+   is added to dembedding [vocabulary, C], which may be null. */
 void NAME(trunk_backward)(const int64_t *sizes, const Layer *layers, const int64_t *ids, const float *cosines,
                           const float *sines, const int64_t *positions, const int32_t *firsts, const int32_t *shared,
-                          char *room, const REAL *dout, float *grads, float *dembedding, int64_t vocabulary,
-                          int threads) {
+                          char *room, const REAL *dout, float *grads, float *dembedding, int threads) {
     const Shape s = shape_of(sizes, 0.0f, cosines, sines, positions, firsts, shared, (int64_t *)room);
     const int64_t N = s.B * s.T, C = s.C, A = s.H * s.D, size = of_matrices(&s), heads = s.H + s.K;
     const int64_t of_gains = all_heads(&s) * C + C, of_enter = of_gains + heads * s.D, of_layer = size + 2 * C + heads * s.D;
@@ -121,10 +120,9 @@ void NAME(trunk_backward)(const int64_t *sizes, const Layer *layers, const int64
         float *gains = room_for(sizeof(float) * heads * s.D);
         uintptr_t end;
         int64_t first, last;
-        const int64_t me = share(vocabulary, &first, &last);
+        const int64_t me = share(N, &first, &last);
         float *own = me ? others + (me - 1) * s.L * of_layer : grads;
         memset(own, 0, sizeof(float) * s.L * of_layer);
-        if (dembedding) memset(dembedding + first * C, 0, sizeof(float) * (last - first) * C);
         for (int64_t l = 0; l < s.L; l++)
             words[l] = NAME(down_of_layer)(&s, rounded + l * size, rooms + l * size / PAIR);
 #pragma omp barrier
