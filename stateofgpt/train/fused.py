@@ -87,30 +87,18 @@ def fused_loss(
     return out
 
 
-def leave_gradients(
-    kernels: Kernels,
-    model: GPT,
-    ids: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    dtype: torch.dtype,
-    firsts: Tensor | None = None,
-) -> Tensor | None:
-    """The loss of `fused_loss`, detached; its gradients are added to the `.grad` of all parameters. None, and nothing
-    done, where only autograd can do that: with torch's products, or adapters."""
-    c, trunk, head = model.config, model.model, model.lm_head.weight
-    layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
-    if not tiled.fits_head(kernels, c, dtype):
+def narrow(kernels: Kernels, model: GPT, dtype: torch.dtype) -> tiled.Narrow | None:
+    """A step of `model` without autograd; None where only autograd can do it: with torch's products, or adapters."""
+    c, trunk = model.config, model.model
+    if not (knows(model) and tiled.fits_head(kernels, c, dtype)):
         return None
+    layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
     tensors = [tensor for layer in layers for tensor in _tensors(layer, c)]
     if not all(tensor is None or tensor.is_leaf for tensor in tensors):
         return None
-    rows = _rows(model, ids, (*_tables(trunk, c, ids.shape[1]), None), firsts, None, len(layers))
-    embedding, asked = trunk.embed_tokens.weight, (targets.reshape(-1), weights.reshape(-1))
-    with torch.no_grad():
-        return tiled.leave_gradients(
-            kernels, embedding, tensors, trunk.norm.weight, head, rows, *asked, dtype, c.rms_norm_eps
-        )
+    tables, rest = _tables(trunk, c, LONGEST), (trunk.norm.weight, model.lm_head.weight)
+    sizes = _sizes(c, len(layers))
+    return tiled.Narrow(kernels, trunk.embed_tokens.weight, tensors, *rest, tables, sizes, dtype, c.rms_norm_eps)
 
 
 def fused_hidden(
@@ -143,7 +131,7 @@ def _decoded(
     spec = _Spec(kernels, sizes, tables, blocks, firsts, shared, c.rms_norm_eps)
     layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
     if tiled.fits(kernels, c, dtype):
-        rows = _rows(model, ids, tables, firsts, shared, len(layers))
+        rows = tiled.Rows(ids.contiguous(), (B, T, *_sizes(c, len(layers))), tables, firsts, shared)
         tensors = (tensor for layer in layers for tensor in _tensors(layer, c))
         return tiled.TiledTrunk.apply(trunk.embed_tokens.weight, rows, dtype, spec.eps, kernels, *tensors), spec
     x = trunk.embed_tokens(ids).view(B * T, c.hidden_size).to(dtype)
@@ -158,14 +146,10 @@ def _tables(trunk: Trunk, config: GPTConfig, length: int) -> tuple[Tensor, Tenso
     return trunk.cos[:length, :half].contiguous(), trunk.sin[:length, :half].contiguous()
 
 
-def _rows(
-    model: Decoder, ids: Tensor, tables: Tables, firsts: Tensor | None, shared: Tensor | None, n_layers: int
-) -> tiled.Rows:
-    """What `train.tiles` is told of `ids` [B, T]."""
-    c = model.config
-    heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-    sizes = (*ids.shape, c.hidden_size, *heads, c.intermediate_size, n_layers)
-    return tiled.Rows(ids.contiguous(), sizes, tables, firsts, shared)
+def _sizes(config: GPTConfig, n_layers: int) -> tuple[int, ...]:
+    """Those of `tiles.Rows` after B and T."""
+    c = config
+    return (c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size, n_layers)
 
 
 def _tensors(layer: Block, config: GPTConfig) -> tuple[Tensor | None, ...]:

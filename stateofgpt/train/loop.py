@@ -45,22 +45,28 @@ class Movable(Weighted, Protocol):
 Loss = Callable[[Any, Any], Tensor]  # (model, batch) -> loss summed over the batch's targets
 
 
+Backward = Callable[[Any, float], Tensor]  # (batch, divisor) -> loss / divisor, its gradients added to `.grad`
+
+
 @runtime_checkable
-class Backward(Protocol):
-    """A loss that has a way of its own to its gradients."""
+class Bindable(Protocol):
+    """A loss that has a way of its own to its gradients, for a model that keeps its parameters."""
 
-    def backward(self, model: Any, batch: Any, divisor: float) -> Tensor:
-        """The loss over `divisor`, detached; its gradients are added to the parameters' `.grad`."""
+    def bound(self, model: Any) -> Backward: ...
 
 
-def backward(loss: object, model: Any, batch: Any, divisor: float) -> Tensor:
-    """A `Loss` over `divisor`, detached; its gradients are added to the parameters' `.grad`."""
-    if isinstance(loss, Backward):
-        return loss.backward(model, batch, divisor)
+def bound(loss: object, model: Any) -> Backward:
+    """A `Loss` over a divisor, detached, for one model; its gradients are added to the parameters' `.grad`."""
+    if isinstance(loss, Bindable):
+        return loss.bound(model)
     assert callable(loss)
-    value: Tensor = loss(model, batch) / divisor
-    value.backward()
-    return value.detach()
+
+    def backward(batch: Any, divisor: float) -> Tensor:
+        value: Tensor = loss(model, batch) / divisor
+        value.backward()
+        return value.detach()
+
+    return backward
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Trainer:
         self._dropout = any(isinstance(m, nn.Dropout) and m.p > 0.0 for m in model.modules())
         self.device = next(iter(self.optimizer.params.values())).device
         self.exact = config.exact is not False
+        self._bound: tuple[Loss, Backward] | None = None
 
     def step(
         self,
@@ -140,11 +147,13 @@ class Trainer:
     def _gradients(self, batches: Sequence[Weighted], loss: Loss) -> tuple[Tensor, Tensor]:
         """The mean loss and the joint norm of its gradients, which are in `.grad`: two numbers on the device."""
         self.optimizer.zero_grad()
+        if self._bound is None or self._bound[0] is not loss:
+            self._bound = loss, bound(loss, self.model)
         total_weight = max(1.0, sum(batch.weight for batch in batches))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._own_randomness():
             for batch in batches:
-                total += backward(loss, self.model, batch, total_weight)
+                total += self._bound[1](batch, total_weight)
         grads = [p.grad for p in self.optimizer.params.values() if p.grad is not None]
         kernels = self.optimizer.kernels
         if kernels is not None and all(g.dtype == torch.float32 and g.device.type == "cpu" for g in grads):

@@ -6,6 +6,7 @@ Owns the precision and the compilation of a training forward pass. Knows no opti
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -162,18 +163,19 @@ class LanguageModelLoss:
                 h, model.lm_head.weight, batch.targets.flatten(), batch.weights.flatten(), rows, self._part
             )
 
-    def backward(self, model: GPT, batch: Batch, divisor: float) -> Tensor:
-        """`self(model, batch) / divisor`, detached; its gradients are added to the parameters' `.grad`, by autograd or,
-        where all of the model is products of our own, without."""
-        kernels = self.kernels
-        if kernels is not None and fused_pass.fits(model, batch.ids):
-            asked = (batch.ids, batch.targets, batch.weights / divisor)
-            found = fused_pass.leave_gradients(kernels, model, *asked, self.way.torch_dtype, batch.firsts)
-            if found is not None:
-                return found
-        value = self(model, batch) / divisor
-        value.backward()
-        return value.detach()
+    def bound(self, model: GPT) -> Callable[[Batch, float], Tensor]:
+        """`backward(batch, divisor)` of a model that keeps its parameters: `self(model, batch) / divisor`, detached,
+        whose gradients are added to the parameters' `.grad`; by autograd, or where all products are our own without."""
+        found = None if self.kernels is None else fused_pass.narrow(self.kernels, model, self.way.torch_dtype)
+
+        def backward(batch: Batch, divisor: float) -> Tensor:
+            if found is not None and batch.ids.shape[1] <= fused_pass.LONGEST:
+                return found.backward(batch.ids, batch.targets, batch.weights, batch.firsts, divisor)
+            value = self(model, batch) / divisor
+            value.backward()
+            return value.detach()
+
+        return backward
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:

@@ -63,13 +63,13 @@ class TiledTrunk(torch.autograd.Function):
         room, *layers = ctx.saved_tensors
         embedding = torch.zeros(ctx.vocabulary, ctx.rows.sizes[2]) if ctx.needs_input_grad[0] else None
         grads = ctx.kernels.trunk_backward(dout.contiguous(), layers, ctx.rows, room, embedding)
-        pairs = zip(layers, _apart(grads, ctx.rows), strict=True)
+        pairs = zip(layers, _apart(grads, ctx.rows.sizes[2:]), strict=True)
         return embedding, None, None, None, None, *(None if layer is None else grad for layer, grad in pairs)
 
 
-def _apart(grads: Tensor, rows: Rows) -> list[Tensor]:
+def _apart(grads: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
     """The layers' gradients as `trunk.h` lays them out, in the order and the shapes of their tensors."""
-    _, _, C, H, K, D, inner, n_layers = rows.sizes
+    C, H, K, D, inner, n_layers = sizes
     shapes = (
         (H * D, C),
         (K * D, C),
@@ -117,29 +117,54 @@ class TiledHead(torch.autograd.Function):
         return dx * dout.to(dx.dtype), dnorm * dout, dweight * dout, None, None, None, None
 
 
-def leave_gradients(
-    kernels: Kernels,
-    embedding: Tensor,
-    layers: Sequence[Tensor | None],
-    norm: Tensor,
-    head: Tensor,
-    rows: Rows,
-    targets: Tensor,
-    weights: Tensor,
-    dtype: torch.dtype,
-    eps: float,
-) -> Tensor:
-    """The loss that `TiledTrunk` and `TiledHead` make, summed by `weights` [N]; every gradient is added to the `.grad`
-    of its parameter. Autograd's bookkeeping would take a tenth of a small model's step."""
-    x, room = kernels.trunk(embedding, layers, rows, dtype, eps, keep=True)
-    losses, dx, of_head, of_norm = kernels.head(x, norm, head, targets, weights, eps, wanted=True)
-    of_embedding = of_head if head is embedding else torch.zeros(embedding.shape)
-    grads = kernels.trunk_backward(dx, layers, rows, room, of_embedding)
-    made = [(norm, of_norm), (head, of_head), *zip(layers, _apart(grads, rows), strict=True)]
-    if head is not embedding:
-        made.append((embedding, of_embedding))
-    for parameter, gradient in made:
-        if parameter is None or not parameter.requires_grad:
-            continue
-        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-    return losses.sum()
+class Narrow:
+    """A model's step without autograd, whose bookkeeping would take a tenth of it: where tensors and their gradients
+    lie is looked up once. For a model that keeps its parameters: no weight may be replaced, or become an adapter's.
+
+    `layers` are the `OF_LAYER` tensors of each layer; `sizes` are those of `Rows` after B and T.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        embedding: Tensor,
+        layers: Sequence[Tensor | None],
+        norm: Tensor,
+        head: Tensor,
+        tables: tuple[Tensor, Tensor],
+        sizes: tuple[int, ...],
+        dtype: torch.dtype,
+        eps: float,
+    ) -> None:
+        self._sizes, self._tied, self._vocab = sizes, head is embedding, head.shape[0]
+        self._tensors = [*layers, norm, head, *(() if self._tied else (embedding,))]
+        self._learn = kernels.learn(embedding, layers, norm, head, tables, sizes, dtype, eps)
+        self._grads = torch.empty(sum(self._learn.parts))
+        self._own = self._named(self._grads)
+
+    def _named(self, grads: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Parameters that learn, and their parts of `grads`."""
+        of_layers, of_head, of_norm, *of_embedding = grads.split(self._learn.parts)
+        of_head = of_head.view(-1, of_norm.numel())[: self._vocab]
+        parts = [*_apart(of_layers, self._sizes), of_norm, of_head, *(x.view_as(of_head) for x in of_embedding)]
+        pairs = zip(self._tensors, parts, strict=True)
+        return [(tensor, part) for tensor, part in pairs if tensor is not None and tensor.requires_grad]
+
+    @torch.no_grad()
+    def backward(self, ids: Tensor, targets: Tensor, weights: Tensor, firsts: Tensor | None, divisor: float) -> Tensor:
+        """Cross-entropy summed by `weights`, over `divisor`. Its gradients are added to the parameters' `.grad`; where
+        there are none they become it, in memory that the next step uses again."""
+        given = (ids, targets, weights, firsts, divisor)
+        if all(parameter.grad is None for parameter, _ in self._own):
+            losses = self._learn(self._grads, *given)
+            for parameter, own in self._own:
+                parameter.grad = own
+            return losses.sum()
+        more = torch.empty_like(self._grads)
+        losses = self._learn(more, *given)
+        if all(parameter.grad is own for parameter, own in self._own):
+            self._grads += more
+            return losses.sum()
+        for parameter, own in self._named(more):
+            parameter.grad = own if parameter.grad is None else parameter.grad.add_(own)
+        return losses.sum()

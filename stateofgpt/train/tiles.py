@@ -7,7 +7,7 @@ no module. `train.kernels` loads the library, and has the calls of all other ker
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +88,8 @@ class Tiles(Calls):
     ) -> Tensor:
         """From the gradient of `trunk`'s result those of all layers, one after the other as `trunk.h` lays them out;
         that of the embedding is added to `embedding` [vocabulary, C] float32, where it is wanted."""
-        _, _, C, H, K, D, inner, n_layers = rows.sizes
         sizes, told = rows.arrays()
-        grads = torch.empty(n_layers * (C * (2 * H + 2 * K) * D + 3 * inner * C + 2 * C + (H + K) * D))
+        grads = torch.empty(_of_layers(rows.sizes[2:]))
         given = (sizes, _addresses(layers), rows.ids, *told, room, dout, grads, embedding)
         self._call(f"trunk_backward_{SUFFIX[dout.dtype]}", *given)
         return grads
@@ -110,11 +109,63 @@ class Tiles(Calls):
             return (losses,)
         return losses, dx, sums[: vocab * c].view(vocab, c), sums[-c:]
 
+    def learn(
+        self,
+        embedding: Tensor,
+        layers: Sequence[Tensor | None],
+        norm: Tensor,
+        head: Tensor,
+        tables: tuple[Tensor, Tensor],
+        sizes: tuple[int, ...],
+        dtype: torch.dtype,
+        eps: float,
+    ) -> Learn:
+        """`Learn` of a whole model; `sizes` as in `Rows`, after B and T."""
+        return Learn(self._call, f"learn_{SUFFIX[dtype]}", embedding, layers, norm, head, tables, sizes, eps)
+
     def polar_(self, update: Tensor, steps: Sequence[Sequence[float]]) -> Tensor:
         """Muon's iteration with the coefficients `steps`, on matrices [n, rows, columns] in bfloat16, in place."""
         numbers = [x for step in steps for x in step]
         self._call("polar", update, *update.shape, (ctypes.c_float * len(numbers))(*numbers), len(steps))
         return update
+
+
+class Learn:
+    """`learn` of `trunk.h` for one model, whose tensors stay where they are; `parts` are the sizes of the gradients of
+    layers, head, last norm, and of the embedding where it is not the head."""
+
+    def __init__(
+        self,
+        call: Callable[..., None],
+        name: str,
+        embedding: Tensor,
+        layers: Sequence[Tensor | None],
+        norm: Tensor,
+        head: Tensor,
+        tables: tuple[Tensor, Tensor],
+        sizes: tuple[int, ...],
+        eps: float,
+    ) -> None:
+        vocab, width = head.shape
+        self.parts = [_of_layers(sizes), -(-vocab // 32) * 32 * width, width]
+        self.parts += [] if head is embedding else [vocab * width]
+        self._call, self._name, self._sizes = call, name, sizes
+        self._model = (_addresses(layers), embedding, norm, head, vocab, *tables, float(eps))
+
+    def __call__(
+        self, grads: Tensor, ids: Tensor, targets: Tensor, weights: Tensor, firsts: Tensor | None, divisor: float
+    ) -> Tensor:
+        """Losses [B T] over `divisor`; their gradients go to `grads`. `ids`, `targets`, `weights` [B, T]."""
+        losses, sizes = torch.empty(ids.numel()), (ctypes.c_int64 * 8)(*ids.shape, *self._sizes)
+        asked = [x.contiguous() for x in (ids, targets, weights)]
+        self._call(self._name, sizes, *self._model, grads, *asked, float(divisor), firsts, losses)
+        return losses
+
+
+def _of_layers(sizes: tuple[int, ...]) -> int:
+    """How many numbers the gradients of all layers have."""
+    C, H, K, D, inner, n_layers = sizes
+    return n_layers * (C * (2 * H + 2 * K) * D + 3 * inner * C + 2 * C + (H + K) * D)
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> ctypes.Array[Any]:

@@ -156,3 +156,29 @@ void NAME(trunk_backward)(const int64_t *sizes, const Layer *layers, const int64
     free(others);
     free(rooms);
 }
+
+/* A whole step's loss and gradients: ids [B, T] to the cross-entropy with `targets`, weighted by `weights` over `divisor`,
+   into losses [B T]. grads: as trunk_backward has them; of the head [V rounded up to 32, C] and of the last norm [C], as
+   `head` has them; and of the embedding [V, C], or nothing where the head is the embedding. */
+void NAME(learn)(const int64_t *sizes, const Layer *layers, const float *embedding, const float *norm, const float *head,
+                 int64_t V, const float *cosines, const float *sines, float eps, float *grads, const int64_t *ids,
+                 const int64_t *targets, const float *weights, float divisor, const int32_t *firsts, float *losses,
+                 int threads) {
+    const Shape s = shape_of(sizes, eps, cosines, sines, NULL, firsts, NULL, NULL);
+    const int64_t N = s.B * s.T, C = s.C, of_head = upto32(V) * C;
+    float *own_head = grads + s.L * (of_matrices(&s) + 2 * C + (s.H + s.K) * s.D);
+    float *own_embedding = head == embedding ? own_head : own_head + of_head + C;
+    float *parts = room_for(sizeof(float) * N);
+    int64_t bytes;
+    NAME(trunk_bytes)(sizes, firsts, NULL, 1, &bytes);
+    char *room = room_for(bytes);
+    REAL *x = room_for(sizeof(REAL) * 2 * N * C), *dx = x + N * C;
+    for (int64_t n = 0; n < N; n++) parts[n] = weights[n] / divisor;
+    NAME(trunk)(sizes, layers, embedding, ids, cosines, sines, NULL, firsts, NULL, 1, room, x, eps, threads);
+    NAME(head)(x, norm, head, targets, parts, losses, dx, own_head, N, C, V, eps, threads);
+    if (head != embedding) memset(own_embedding, 0, sizeof(float) * V * C);
+    NAME(trunk_backward)(sizes, layers, ids, cosines, sines, NULL, firsts, NULL, room, dx, grads, own_embedding, threads);
+    free(x);
+    free(room);
+    free(parts);
+}
