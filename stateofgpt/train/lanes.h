@@ -2,6 +2,7 @@
    rows that are a multiple of 32 wide. `kernels.c` includes this once per type, having defined besides what `kernels.h`
    asks for
 
+     EXP(x), SIGMOID(x)   e^x and 1 / (1 + e^-x) of each lane, as near as the precision is
      GET(p)               16 numbers from p on, as float
      PUT(p, low, high)    32 floats, rounded, to p */
 
@@ -11,7 +12,7 @@ ROW void NAME(swiglu_lanes)(const REAL *x, REAL *out, int64_t c) {
         lanes y[2];
         for (int i = 0; i < 2; i++) {
             const lanes g = GET(x + j + 16 * i);
-            y[i] = g * sigmoid_lanes(g) * GET(x + c + j + 16 * i);
+            y[i] = g * SIGMOID(g) * GET(x + c + j + 16 * i);
         }
         PUT(out + j, y[0], y[1]);
     }
@@ -23,7 +24,7 @@ ROW void NAME(swiglu_lanes_backward)(const REAL *dout, const REAL *x, REAL *dx, 
         lanes y[2], dgate[2], dup[2];
         for (int i = 0; i < 2; i++) {
             const lanes g = GET(x + j + 16 * i), up = GET(x + c + j + 16 * i), d = GET(dout + j + 16 * i);
-            const lanes sigmoid = sigmoid_lanes(g), swish = g * sigmoid;
+            const lanes sigmoid = SIGMOID(g), swish = g * sigmoid;
             y[i] = swish * up;
             dup[i] = d * swish;
             dgate[i] = d * up * (sigmoid + swish - swish * sigmoid);
@@ -46,7 +47,7 @@ ROW float NAME(cross_entropy_lanes)(REAL *x, int64_t target, float w, float *e, 
     const float most = _mm512_reduce_max_ps(_mm512_max_ps((__m512)top[0], (__m512)top[1]));
     for (int64_t j = 0; j < width; j += 32)
         for (int i = 0; i < 2; i++) {
-            const lanes y = exponential_lanes(GET(x + j + 16 * i) - most);
+            const lanes y = EXP(GET(x + j + 16 * i) - most);
             *(lanes *)(e + j + 16 * i) = y;
             sums[i] += y;
         }
@@ -70,7 +71,7 @@ ROW void NAME(softmax_lanes)(REAL *s, float *e, int64_t before, int64_t first, i
     const float most = _mm512_reduce_max_ps(_mm512_max_ps((__m512)top[0], (__m512)top[1]));
     for (int64_t j = from; j < to; j += 32)
         for (int i = 0; i < 2; i++) {
-            const lanes y = exponential_lanes((GET(s + j + 16 * i) - most) * scale);
+            const lanes y = EXP((GET(s + j + 16 * i) - most) * scale);
             *(lanes *)(e + j + 16 * i) = y;
             sums[i] += y;
         }

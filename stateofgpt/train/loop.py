@@ -101,6 +101,9 @@ class Trainer:
         self._dropout = any(isinstance(m, nn.Dropout) and m.p > 0.0 for m in model.modules())
         self.device = next(iter(self.optimizer.params.values())).device
         self.exact = config.exact is not False
+        self._plain = self.device.type == "cpu" and all(
+            p.dtype == torch.float32 for p in self.optimizer.params.values()
+        )
         self._bound: tuple[Loss, Backward] | None = None
 
     def step(
@@ -156,7 +159,7 @@ class Trainer:
                 total += self._bound[1](batch, total_weight)
         grads = [p.grad for p in self.optimizer.params.values() if p.grad is not None]
         kernels = self.optimizer.kernels
-        if kernels is not None and all(g.dtype == torch.float32 and g.device.type == "cpu" for g in grads):
+        if kernels is not None and self._plain:
             return total, total.new_tensor(kernels.norm([g.contiguous() for g in grads]))
         return total, torch.nn.utils.get_total_norm(grads).to(total)
 

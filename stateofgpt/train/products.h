@@ -4,6 +4,7 @@
      PAIR               how many numbers along the inner dimension lie in a word of 32 bits: 1, or 2 of bfloat16
      MADD(sum, x, y)    sum + x y of each lane's words, in float
      PUT(p, low, high)  32 floats, rounded, to p
+     PAIRED(x, y, out)  32 words out of the 32 numbers from x on and those from y on, in bfloat16
 
    A product is made of tiles of 8 rows and 32 columns whose sums stay in registers over the whole inner dimension. An
    operand is given by the steps between its words. Sums have one order, whatever the threads. */
@@ -77,13 +78,12 @@ static void NAME(accumulate)(const word *a, int64_t ak, int64_t m, const word *b
 }
 
 /* x [rows, n] with rows `step` apart as words down its columns: itself in float, pairs of rows in bfloat16, for which
-   `room` [(rows + 1) / 2, n] is needed. `*to` becomes the words from one row to the next. */
+   `room` [(rows + 1) / 2, n] is needed. `*to` becomes the words from one row to the next. n is a multiple of 32. */
 static const word *NAME(down)(const REAL *x, int64_t step, int64_t rows, int64_t n, word *room, int64_t *to) {
     *to = PAIR == 1 ? step : n;
     if (PAIR == 1) return (const word *)x;
     for (int64_t k = 0; k < rows / 2; k++)
-        for (int64_t j = 0; j < n; j++)
-            room[k * n + j] = (word)x[2 * k * step + j] | (word)x[(2 * k + 1) * step + j] << 16;
+        for (int64_t j = 0; j < n; j += 32) PAIRED(x + 2 * k * step + j, x + (2 * k + 1) * step + j, room + k * n + j);
     if (rows % 2)
         for (int64_t j = 0; j < n; j++) room[rows / 2 * n + j] = (word)x[(rows - 1) * step + j];
     return room;
