@@ -9,6 +9,7 @@ import torch
 from test_fused import BASE, apart_in_a_row, batch_of, gradients, model_of, no_farther_than_autocast
 
 from stateofgpt.model.gpt import GPTConfig
+from stateofgpt.model.lora import LoraConfig, add_lora
 from stateofgpt.train import fused, tiled
 from stateofgpt.train.branches import Branches
 from stateofgpt.train.kernels import Kernels, load
@@ -72,6 +73,69 @@ def test_loss_and_every_gradient_are_the_models(
         assert error <= 3e-5 * float(gradient.norm()) + 5e-7 * size, parameter
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama", "shared keys", "untied", "an odd vocabulary, one layer"])
+def test_a_step_without_autograd_leaves_the_models_gradients(kernels: Kernels, name: str) -> None:
+    """Of two batches of different shape, one after the other; then once more, into the same memory."""
+    model, loss = model_of(SHAPES[name]), LanguageModelLoss(fused=True)
+    batches = batch_of(SHAPES[name], 3, 37), batch_of(SHAPES[name], 1, 128, seed=1)
+    theirs = [LanguageModelLoss()(model, batch) / 7.0 for batch in batches]
+    wanted = {n: g.clone() for n, g in gradients(model, torch.stack(theirs).sum()).items()}
+    assert fused.narrow(kernels, model, torch.float32) is not None
+    backward = loss.bound(model)
+    for _ in range(2):
+        model.zero_grad()
+        mine = [backward(batch, 7.0) for batch in batches]
+        torch.testing.assert_close(mine, [x.detach() for x in theirs], rtol=1e-5, atol=1e-6)
+        size = max(float(g.norm()) for g in wanted.values())
+        for parameter, p in model.named_parameters():
+            assert p.grad is not None
+            error = float((p.grad - wanted[parameter]).norm())
+            assert error <= 3e-5 * float(wanted[parameter].norm()) + 5e-7 * size, parameter
+
+
+def test_without_autograd_gradients_are_added_to_those_that_are_there(kernels: Kernels) -> None:
+    model, batch = model_of(WIDE), batch_of(WIDE, 2, 40)
+    backward = LanguageModelLoss(fused=True).bound(model)
+    model.model.norm.weight.requires_grad_(False)
+    backward(batch, 1.0)
+    alone = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for n, p in model.named_parameters():
+        p.grad = torch.ones_like(p) if "mlp" in n else None
+    backward(batch, 1.0)
+    for n, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, alone[n] + ("mlp" in n))
+
+
+def test_documents_of_a_row_and_frozen_parameters_without_autograd(kernels: Kernels) -> None:
+    model, batch = model_of(WIDE), batch_of(WIDE, 2, 150)
+    firsts = torch.zeros(2, 150, dtype=torch.int32)
+    firsts[0, 70:], firsts[1, 33:] = 70, 33
+    batch = replace(batch, firsts=firsts)
+    model.model.norm.weight.requires_grad_(False)
+    wanted = {n: g.clone() for n, g in gradients(model, LanguageModelLoss()(model, batch)).items()}
+    model.zero_grad()
+    LanguageModelLoss(fused=True).bound(model)(batch, 1.0)
+    got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == wanted.keys() and "model.norm.weight" not in got
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_adapters_learn_by_autograd(kernels: Kernels) -> None:
+    model, batch = model_of(WIDE), batch_of(WIDE, 2, 40)
+    add_lora(model, LoraConfig(r=2), torch.Generator().manual_seed(0))
+    assert fused.narrow(kernels, model, torch.float32) is None
+    wanted = {n: g.clone() for n, g in gradients(model, LanguageModelLoss()(model, batch)).items()}
+    model.zero_grad()
+    LanguageModelLoss(fused=True).bound(model)(batch, 1.0)
+    got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == wanted.keys() and any("lora_B" in name for name in got)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["qwen3", "shared keys", "an odd vocabulary, one layer"])
 def test_in_bfloat16_it_is_no_farther_from_the_truth_than_autocast(in_pairs: Kernels, name: str) -> None:
     no_farther_than_autocast(SHAPES[name], 3, 67)  # of odd length: pairs of rows are not all full
@@ -81,17 +145,19 @@ def test_a_document_does_not_see_the_one_before_it_in_the_row(kernels: Kernels) 
     apart_in_a_row(WIDE, 150, 70)
 
 
-def test_branches_of_a_row_have_what_each_text_has_alone(kernels: Kernels) -> None:
-    """A prompt of 30 tokens and two answers of 20 in one row."""
-    ids = torch.randint(0, WIDE.vocab_size, (1, 70), generator=torch.Generator().manual_seed(0))
-    firsts = torch.tensor([[0] * 30 + [30] * 20 + [50] * 20], dtype=torch.int32)
-    shared = torch.tensor([[0] * 30 + [30] * 40], dtype=torch.int32)
-    places = torch.tensor([[*range(50), *range(30, 50)]])
+@pytest.mark.parametrize(("prompt", "answer"), [(30, 20), (40, 100)], ids=["keys side by side", "keys apart"])
+def test_branches_of_a_row_have_what_each_text_has_alone(kernels: Kernels, prompt: int, answer: int) -> None:
+    """A prompt and two answers in one row; keys that no query of a block sees are left out, where there are many."""
+    both, whole = prompt + answer, prompt + 2 * answer
+    ids = torch.randint(0, WIDE.vocab_size, (1, whole), generator=torch.Generator().manual_seed(0))
+    firsts = torch.tensor([[0] * prompt + [prompt] * answer + [both] * answer], dtype=torch.int32)
+    shared = torch.tensor([[0] * prompt + [prompt] * 2 * answer], dtype=torch.int32)
+    places = torch.tensor([[*range(both), *range(prompt, both)]])
     model = model_of(WIDE)
-    mine = fused.fused_hidden(kernels, model, ids, torch.float32, Branches(places, firsts, shared, 50))
-    texts = ids[:, :50], torch.cat((ids[:, :30], ids[:, 50:]), 1)
+    mine = fused.fused_hidden(kernels, model, ids, torch.float32, Branches(places, firsts, shared, both))
+    texts = ids[:, :both], torch.cat((ids[:, :prompt], ids[:, both:]), 1)
     one, other = (model.model(text) for text in texts)
-    theirs = torch.cat((one, other[:, 30:]), 1)
+    theirs = torch.cat((one, other[:, prompt:]), 1)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     pull = torch.randn(mine.shape, generator=torch.Generator().manual_seed(1))
     got, wanted = gradients(model, (mine * pull).sum()), gradients(model, (theirs * pull).sum())
