@@ -1,7 +1,9 @@
 # make demo   raises an assistant in MINUTES minutes, writes its report, and says how to talk to it
 # make test   checks and tests everything; make check does the same with the quick tests only
 #
-# Both make .venv once, and refresh it when pyproject.toml or constraints.txt change. On Linux pip's default torch brings CUDA
+# The tests run in WORKERS processes: by default one a core, four at most; with WORKERS=0 all in one.
+#
+# Each makes .venv once, and refreshes it when pyproject.toml or constraints.txt change. On Linux pip's default torch brings CUDA
 # along; for a smaller download let PIP_EXTRA_INDEX_URL name PyTorch's index of CPU builds.
 
 MINUTES ?= 10
@@ -9,12 +11,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/laptop
+WORKERS ?= auto
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --hypothesis-profile ci
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test check lint clean help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 demo: $(VENV)/.runtime
 	$(BIN)/sog run laptop --minutes $(MINUTES) --out $(RUN)
@@ -25,10 +29,10 @@ demo: $(VENV)/.runtime
 	@echo "After thumbs:    $(BIN)/sog improve $(RUN)"
 
 check: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -q -m "not slow"
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.develop
 	$(BIN)/ruff check .

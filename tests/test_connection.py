@@ -22,7 +22,8 @@ from stateofgpt.serve.config import Config
 
 pytestmark = pytest.mark.slow  # together they take long
 
-QUICK = Config(header_s=0.4, body_s=0.4, write_s=0.5, max_connections=40, drain_s=0.5, keep_alive_s=1)
+QUICK = Config(header_s=0.8, body_s=0.8, write_s=0.5, drain_s=0.5, keep_alive_s=3)
+IN_TIME_S = 5.0  # what a machine that is busy with other tests may need on top
 
 
 class Live:
@@ -83,7 +84,7 @@ def live(running: Live) -> Live:
     return running
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
@@ -92,9 +93,8 @@ def wait_for(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
     raise AssertionError("it did not happen in time")
 
 
-def seconds_until_closed(connection: socket.socket) -> float:
-    began = time.monotonic()
-    connection.settimeout(4)
+def seconds_until_closed(connection: socket.socket, began: float) -> float:
+    connection.settimeout(10)
     with contextlib.suppress(ConnectionError):
         while connection.recv(65536):
             pass
@@ -116,18 +116,19 @@ ASK = {"messages": [{"role": "user", "content": "go"}], "stream": True, "max_tok
     ids=["nothing", "half a header", "half a body", "half a chunk"],
 )
 def test_a_client_that_does_not_go_on_is_cut_at_its_deadline(live: Live, sent: bytes) -> None:
-    assert 0.2 < seconds_until_closed(live.connect(sent)) < 2.0
-    assert live.counted("sog_connections") == 0
+    began = time.monotonic()
+    assert 0.7 < seconds_until_closed(live.connect(sent), began) < IN_TIME_S
+    wait_for(lambda: live.counted("sog_connections") == 0)
 
 
 def test_one_byte_at_a_time_does_not_move_the_deadline(live: Live) -> None:
     connection = live.connect(b"GET /health HTTP/1.1\r\nX: ")
     began = time.monotonic()
     with pytest.raises(OSError):
-        while time.monotonic() - began < 3:
+        while time.monotonic() - began < 2 * IN_TIME_S:
             connection.sendall(b"x")
             time.sleep(0.05)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < IN_TIME_S
 
 
 @pytest.mark.slow
@@ -138,9 +139,10 @@ def test_a_second_request_on_a_kept_connection_has_its_own_deadline(live: Live) 
         answer = b""
         while not answer.endswith(b'{"status":"ok","devices":["cpu"]}'):
             answer += connection.recv(65536)
-        time.sleep(0.6)  # longer than a header may take: an idle connection is kept for keep_alive_s
+        time.sleep(1.0)  # longer than a header may take: an idle connection is kept for keep_alive_s
+    began = time.monotonic()
     connection.sendall(b"GET /hea")
-    assert seconds_until_closed(connection) < 1.5
+    assert seconds_until_closed(connection, began) < QUICK.keep_alive_s - 0.1
 
 
 def test_a_stream_that_nobody_reads_is_cut_and_its_answer_ended(live: Live) -> None:
@@ -163,17 +165,25 @@ def test_slow_clients_do_not_hold_up_others(live: Live) -> None:
         connection.close()
 
 
-def test_one_connection_too_many_is_told_so_at_once(live: Live) -> None:
-    before = live.counted("sog_connections_refused_total")
-    held = [live.connect() for _ in range(QUICK.max_connections)]
-    wait_for(lambda: live.counted("sog_connections") == QUICK.max_connections)
+def test_one_connection_too_many_is_told_so_at_once(tmp_path: Path) -> None:
+    with FeedbackStore(tmp_path / "f.sqlite") as store:
+        live = Live(ScriptedLoop(tokenizer()), store, Config(max_connections=40))
+        try:
+            one_too_many(live, 40)
+        finally:
+            live.stop()
+
+
+def one_too_many(live: Live, most: int) -> None:
+    held = [live.connect() for _ in range(most)]
+    wait_for(lambda: live.counted("sog_connections") == most)
     extra = live.connect(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
     answer = extra.recv(65536)
     assert answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 2" in answer and b'"error"' in answer
     for connection in (*held, extra):
         connection.close()
     wait_for(lambda: live.counted("sog_connections") == 0)
-    assert live.ask("GET", "/health")[0] == 200 and live.counted("sog_connections_refused_total") == before + 1
+    assert live.ask("GET", "/health")[0] == 200 and live.counted("sog_connections_refused_total") == 1
 
 
 @pytest.mark.parametrize("size", [40_000, 5_000_000])
@@ -189,7 +199,8 @@ def test_headers_too_large_are_refused(live: Live, size: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\r\n" * 50, b"GET / HTTP/9.9\r\n\r\n"])
 def test_what_is_no_http_ends_only_its_own_connection(live: Live, sent: bytes) -> None:
-    assert seconds_until_closed(live.connect(sent)) < 2
+    began = time.monotonic()
+    assert seconds_until_closed(live.connect(sent), began) < IN_TIME_S
     assert live.ask("GET", "/health")[0] == 200
 
 

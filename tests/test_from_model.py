@@ -125,22 +125,20 @@ def test_the_weights_are_the_models_moved_a_little_and_the_lineage_says_so(made:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["tokenize", "pretrain", "sft", "rl"])
-def test_killed_while_a_stage_saves_the_same_command_ends_with_the_same_weights(
-    made: tuple[Path, Path], corpus: Path, tmp_path: Path, stage: str
+def test_killed_while_one_stage_after_another_saves_the_same_command_ends_with_the_same_weights(
+    made: tuple[Path, Path], corpus: Path, tmp_path: Path
 ) -> None:
     model, undisturbed = made
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
-    for later in STAGES[STAGES.index(stage) :]:
+    for later in STAGES[STAGES.index("tokenize") :]:
         shutil.rmtree(run / later)
-    if stage == "tokenize":  # killed between the files of the tokenizer, of which tokenizer.json is the last
-        (run / "tokenize").mkdir()
-        shutil.copy(model / "tokenizer_config.json", run / "tokenize")
-    else:
-        where = f"save:before_rename@{stage}/resume/step_{2 if stage == 'rl' else 5}"
+    (run / "tokenize").mkdir()  # killed between the files of the tokenizer, of which tokenizer.json is the last
+    shutil.copy(model / "tokenizer_config.json", run / "tokenize")
+    for stage, step in (("pretrain", 5), ("sft", 5), ("rl", 2)):
+        where = f"save:before_rename@{stage}/resume/step_{step}"
         killed = sog(*command(run, model, corpus), SOG_CRASH_AT=where)
-        assert killed.returncode == 137, killed.stderr
+        assert killed.returncode == 137, f"{stage}: {killed.stderr}"
     again = sog(*command(run, model, corpus))
     assert again.returncode == 0, again.stderr
     for each in STAGES:

@@ -209,9 +209,11 @@ def test_a_turn_may_take_the_limit_or_what_a_slow_machine_needs_and_a_new_turn_c
     ]
     for keeper in keepers:
         keeper.start()
-    for _ in range(40):
-        time.sleep(0.02)
+    for ticks in range(2000):
+        time.sleep(0.01)
         busy.number += 1
+        if lost and ticks > 80:
+            break
     assert 0.3 < quick.given_up < 0.7 and not large.given_up and not busy.given_up
     assert len(lost) == 1 and lost[0].hung and lost[0].exit_code == 70 and "does not" not in str(lost[0])
     for keeper in keepers:
@@ -294,7 +296,7 @@ def test_a_server_whose_engine_died_says_so_and_comes_back(
         assert "[DONE]" not in found[0][1] + found[1][1]
         assert made.ask("/v1/completions", body)[0] == 503
         gate.set()
-        wait_for(lambda: made.ask("/health")[0] == made.ask("/ready")[0] == made.ask("/api/health")[0] == 200, 5)
+        wait_for(lambda: made.ask("/health")[0] == made.ask("/ready")[0] == made.ask("/api/health")[0] == 200)
     again = made.ask("/v1/completions", body)
     assert json.loads(again[1])["choices"] == json.loads(before[1])["choices"]
     assert "secret" in caplog.text and "works again" in caplog.text
@@ -431,7 +433,7 @@ def test_a_server_that_is_killed_leaves_no_reader_waiting_and_its_successor_take
         with contextlib.suppress(http.client.IncompleteRead, ConnectionError):
             rest = reader.read()
         assert b"[DONE]" not in rest
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5  # of the 10 s that they would wait
     second, same = start(port)
     try:
         assert same == port and stream(port).read(40)

@@ -1,7 +1,7 @@
 """Killed in the middle of any stage, the same command ends with the same weights, bit for bit, and the same results.
 
-One undisturbed debug run, made small and saving after every step, is what all the others are compared with. A test of
-one stage begins from a copy of it in which that stage and the later ones have not happened yet.
+One undisturbed debug run, made small and saving after every step, is what all the others are compared with. A test that
+is about one stage begins from a copy of it in which that stage and the later ones have not happened yet.
 """
 
 from __future__ import annotations
@@ -89,6 +89,10 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def first_line(run: Path, stage: str) -> bytes:
+    return (run / stage / "metrics.jsonl").read_bytes().splitlines()[0]
+
+
 def steps(n: int) -> Callable[[Path], bool]:
     """In the middle of training: `n` lines of metrics are there."""
     return lambda folder: lines(folder / "metrics.jsonl") >= n
@@ -130,29 +134,29 @@ def kill(run: Path, stage: str, moment: Callable[[Path], bool], number: signal.S
     return process
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_in_a_stage_and_again_the_same_command_ends_with_the_same_weights(
-    stage: str, undisturbed: Path, tmp_path: Path
+def test_killed_twice_in_every_stage_the_same_command_ends_with_the_same_weights(
+    undisturbed: Path, tmp_path: Path
 ) -> None:
-    run = before(stage, undisturbed, tmp_path)
-    first, second = MOMENTS[stage]
+    run, begun = tmp_path / "debug", {}
+    for stage, (first, second) in MOMENTS.items():
+        process = kill(run, stage, first, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and not (run / stage / "result.json").exists(), stage
 
-    process = kill(run, stage, first, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (run / stage / "result.json").exists()
-
-    gentle = signal.SIGTERM if STAGES.index(stage) % 2 else signal.SIGINT
-    process = kill(run, stage, second, gentle)
-    _, err = process.communicate()
-    assert process.returncode == 128 + gentle, err
-    assert err.splitlines()[-1] == "stopped; the same command continues" and "Traceback" not in err
-    assert not (run / stage / "result.json").exists()
-    begun = (run / stage / "metrics.jsonl").read_bytes().splitlines() if stage in TRAINED else []
+        gentle = signal.SIGTERM if STAGES.index(stage) % 2 else signal.SIGINT
+        process = kill(run, stage, second, gentle)
+        _, err = process.communicate()
+        assert process.returncode == 128 + gentle, f"{stage}: {err}"
+        assert err.splitlines()[-1] == "stopped; the same command continues" and "Traceback" not in err
+        assert not (run / stage / "result.json").exists(), stage
+        if stage in TRAINED:
+            begun[stage] = first_line(run, stage)
 
     made = sog(*command(run))
     assert made.returncode == 0, made.stderr
-    if begun:  # continued and not begun anew: the first line still has the time at which it was written
-        assert (run / stage / "metrics.jsonl").read_bytes().splitlines()[0] == begun[0]
+    assert set(MOMENTS) == set(STAGES) and set(begun) == set(TRAINED)
+    for stage, line in begun.items():  # continued and not begun anew: it still has the time at which it was written
+        assert first_line(run, stage) == line, stage
     assert_the_same(run, undisturbed)
 
 

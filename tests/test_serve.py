@@ -424,7 +424,7 @@ def begin(port: int, address: str, body: dict[str, Any]) -> tuple[socket.socket,
     return connection, json.loads(first[6:])
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if result := condition():
@@ -537,7 +537,7 @@ def test_every_acknowledged_thumb_survives_kill_9_of_the_server(tmp_path: Path) 
         voters = [threading.Thread(target=vote, args=(port, life, voter)) for voter in range(8)]
         for voter in voters:
             voter.start()
-        wait_for(lambda: len(acknowledged) > 20 * (life + 1), 20)  # noqa: B023 read at once
+        wait_for(lambda: len(acknowledged) > 20 * (life + 1), 60)  # noqa: B023 read at once
         running.kill()
         running.wait()
         for voter in voters:

@@ -134,7 +134,7 @@ def test_a_folder_that_became_another_model_is_refused(client: TestClient, folde
 @pytest.mark.slow
 def test_a_stream_goes_on_with_the_old_model_which_is_closed_after_it(client: TestClient, folders: Folders) -> None:
     old = folders.made[0]
-    old.say, old.pause = (lambda _, __: "word " * 60), 0.005
+    old.say, old.pause = (lambda _, __: "word " * 60), 0.1  # until the new model has answered
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(client.post(CHAT, json={**ASK, "stream": True}).text))
     thread.start()
@@ -142,6 +142,7 @@ def test_a_stream_goes_on_with_the_old_model_which_is_closed_after_it(client: Te
         time.sleep(0.005)
     assert client.post("/admin/reload", json={"model": "run:a"}).status_code == 200
     assert said(client)[0] == "I am a 2" and not old.closed
+    old.pause = 0.0
     thread.join()
     chunks = [json.loads(line[6:]) for line in found[0].splitlines() if line.startswith("data: {")]
     text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
