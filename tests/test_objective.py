@@ -333,6 +333,8 @@ def test_torchrl_computes_the_same_clipped_loss() -> None:
     observed, actions = random_tensor(7, 3, seed=1), random_tensor(7, 1, seed=2)
     old, advantage = random_tensor(7, seed=3, scale=0.4) - 1.2, random_tensor(7, seed=4)
     layer = torch.nn.Linear(3, 1)
+    with torch.no_grad():
+        layer.weight.copy_(random_tensor(1, 3, seed=5))
     scale = torch.ones(7, 1)
 
     def normal(loc: Tensor, scale: Tensor) -> torch.distributions.Distribution:

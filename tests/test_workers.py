@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import conftest
+import numpy as np
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 
@@ -27,6 +30,13 @@ def test_the_files_that_come_first_exist() -> None:
     assert len(set(conftest.LONGEST)) == len(conftest.LONGEST)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_test_draws_does_not_depend_on_the_tests_before_it(again: bool) -> None:
+    drawn = [float(torch.rand(())), random.random(), float(np.random.rand())]
+    assert FOUND.setdefault("drawn", drawn) == drawn
+
+
+FOUND: dict[str, list[float]] = {}
 COMMAND = """
 import os, subprocess, time
 def sog(*words):
