@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.mark.slow
 def test_every_part_of_it_prints_a_line_and_no_failure_stops_the_next() -> None:
     pytest.importorskip("transformers")
-    command = [sys.executable, "benchmarks/bench_gpu_train.py", "--tiny", "--seconds", "6", "--peer-seconds", "4"]
+    command = [sys.executable, "benchmarks/bench_gpu_train.py", "--tiny", "--seconds", "40", "--peer-seconds", "4"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--parts", "peak", "rate", "loss"], cwd=BENCHMARKS.parent, env=environment, capture_output=True,
