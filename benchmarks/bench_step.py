@@ -218,6 +218,13 @@ def compare(mine: Process, theirs: Process, n_pairs: int) -> list[float]:
     return [theirs.seconds(n_theirs) / mine.seconds(n_mine) for _ in range(n_pairs)]
 
 
+def rates_of(processes: dict[Way, Process]) -> dict[Way, float]:
+    """Median seconds of a step of each way, over five rounds in which each works for a second in turn."""
+    steps = {way: max(3, round(1.0 / process.seconds(3))) for way, process in processes.items()}
+    rounds = [{way: process.seconds(steps[way]) for way, process in processes.items()} for _ in range(5)]
+    return {way: median(found[way] for found in rounds) for way in processes}
+
+
 def measure(name: str, n_pairs: int) -> dict[str, Any]:
     """Gate, pairs in float32, pairs of each side's best."""
     gate(config_of(SHAPES[name]), batch_of(SHAPES[name]))
@@ -225,7 +232,7 @@ def measure(name: str, n_pairs: int) -> dict[str, Any]:
         processes = {way: stack.enter_context(Process(name, way)) for way in (*OURS, *PEERS)}
         equal = compare(processes[OURS[0]], processes[PEERS[0]], n_pairs)
         print(f"{name}, float32: {pairs.spread(equal)} times the steps per second", flush=True)
-        rates = {way: median(process.seconds(5) for _ in range(3)) for way, process in processes.items()}
+        rates = rates_of(processes)
         mine, best = (min(ways, key=lambda way: rates[way]) for ways in (OURS, PEERS))
         each_best = compare(processes[mine], processes[best], n_pairs)
     print(f"{name}, best: {pairs.spread(each_best)} times the steps per second ({mine}; {best})", flush=True)
