@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_fused import BASE, apart_in_a_row, batch_of, gradients, model_of, no_farther_than_autocast
 
+from stateofgpt.errors import ModelError
 from stateofgpt.model.gpt import GPTConfig
 from stateofgpt.model.lora import LoraConfig, add_lora
 from stateofgpt.train import fused, tiled
@@ -121,6 +122,20 @@ def test_documents_of_a_row_and_frozen_parameters_without_autograd(kernels: Kern
     assert got.keys() == wanted.keys() and "model.norm.weight" not in got
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("token", [-1, WIDE.vocab_size])
+@pytest.mark.parametrize("of", ["ids", "targets"])
+def test_a_token_that_the_model_does_not_know_is_refused(kernels: Kernels, token: int, of: str) -> None:
+    model, batch = model_of(WIDE), batch_of(WIDE, 2, 40)
+    getattr(batch, of)[1, 3] = token
+    loss = LanguageModelLoss(fused=True)
+    with pytest.raises(ModelError, match=f"token {token} .* vocabulary of {WIDE.vocab_size}"):
+        loss.bound(model)(batch, 1.0)
+    assert all(p.grad is None for p in model.parameters())
+    if of == "ids":
+        with pytest.raises(ModelError, match=f"token {token} "):
+            fused.fused_hidden(kernels, model, batch.ids, torch.float32)
 
 
 def test_adapters_learn_by_autograd(kernels: Kernels) -> None:

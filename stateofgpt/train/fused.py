@@ -131,7 +131,7 @@ def _decoded(
     spec = _Spec(kernels, sizes, tables, blocks, firsts, shared, c.rms_norm_eps)
     layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
     if tiled.fits(kernels, c, dtype):
-        rows = tiled.Rows(ids.contiguous(), (B, T, *_sizes(c, len(layers))), tables, firsts, shared)
+        rows = tiled.Rows(ids.long().contiguous(), (B, T, *_sizes(c, len(layers))), tables, firsts, shared)
         tensors = (tensor for layer in layers for tensor in _tensors(layer, c))
         return tiled.TiledTrunk.apply(trunk.embed_tokens.weight, rows, dtype, spec.eps, kernels, *tensors), spec
     x = trunk.embed_tokens(ids).view(B * T, c.hidden_size).to(dtype)

@@ -157,6 +157,15 @@ static Shape shape_of(const int64_t *sizes, float eps, const float *cosines, con
                    eps,      cosines,  sines,     positions, firsts,   shared,          rows,     rows + sizes[0]};
 }
 
+/* The place of the first of n ids that is none of the vocabulary's, or -1. */
+static int64_t unknown(const int64_t *ids, int64_t n, int64_t vocabulary) {
+    int64_t seen = 0;
+    for (int64_t i = 0; i < n; i++) seen |= ids[i] < 0 || ids[i] >= vocabulary;
+    for (int64_t i = 0; seen && i < n; i++)
+        if (ids[i] < 0 || ids[i] >= vocabulary) return i;
+    return -1;
+}
+
 /* Which keys the scores of the `rows` queries from `from` on have a column for: the first `shared` and then those from
    `from` to `end`; together `width`. All are multiples of 32. */
 typedef struct {

@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stateofgpt.errors import ModelError
+
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 # cosines and sines [positions, D / 2], and the positions [B, T] int64 where they are not 0, 1, 2 ...
 Tables = tuple[Tensor, Tensor, Tensor | None]
+Value = Tensor | int | float | ctypes.Array[Any] | None
 OF_LAYER = 11  # tensors: norm, q, k, v, gains of queries and of keys (or None), output, norm, gate, up, down
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens and what a decoder is told of them: `sizes` B, T, C, H, K, D, I, layers; `firsts` and `shared`
-    [B, T] int32 as in `softmax_`."""
+    """Rows of tokens `ids` [B, T] int64 and what a decoder is told of them: `sizes` B, T, C, H, K, D, I, layers; `firsts`
+    and `shared` [B, T] int32 as in `softmax_`."""
 
     ids: Tensor
     sizes: tuple[int, ...]
@@ -43,8 +46,12 @@ class Calls:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def _call(self, name: str, *values: Tensor | int | float | ctypes.Array[Any] | None) -> None:
+    def _call(self, name: str, *values: Value) -> None:
         """Call a function: tensors and arrays by address, whole numbers as int64, fractions as float, None as null."""
+        self._ask(name, *values)
+
+    def _ask(self, name: str, *values: Value) -> int:
+        """The same for a function that gives back an int64."""
         words: list[object] = []
         for value in values:
             if isinstance(value, Tensor):
@@ -57,7 +64,9 @@ class Calls:
                 words.append(value)
             else:
                 words.append(ctypes.c_float(value))
-        getattr(self._library, name)(*words, ctypes.c_int(torch.get_num_threads()))
+        function = getattr(self._library, name)
+        function.restype = ctypes.c_int64  # of one that gives back nothing it is never looked at
+        return int(function(*words, ctypes.c_int(torch.get_num_threads())))
 
 
 class Tiles(Calls):
@@ -78,9 +87,8 @@ class Tiles(Calls):
         self._call(f"trunk_bytes_{SUFFIX[dtype]}", sizes, firsts, shared, int(keep), needed)
         room, out = torch.empty(needed[0], dtype=torch.uint8), torch.empty(B * T, C, dtype=dtype)
         told = (rows.ids, cosines, sines, positions, firsts, shared)
-        self._call(
-            f"trunk_{SUFFIX[dtype]}", sizes, _addresses(layers), embedding, *told, int(keep), room, out, float(eps)
-        )
+        given = (sizes, _addresses(layers), embedding, embedding.shape[0], *told, int(keep), room, out, float(eps))
+        _known(self._ask(f"trunk_{SUFFIX[dtype]}", *given), rows.ids, embedding.shape[0])
         return out, room
 
     def trunk_backward(
@@ -121,7 +129,7 @@ class Tiles(Calls):
         eps: float,
     ) -> Learn:
         """`Learn` of a whole model; `sizes` as in `Rows`, after B and T."""
-        return Learn(self._call, f"learn_{SUFFIX[dtype]}", embedding, layers, norm, head, tables, sizes, eps)
+        return Learn(self._ask, f"learn_{SUFFIX[dtype]}", embedding, layers, norm, head, tables, sizes, eps)
 
     def polar_(self, update: Tensor, steps: Sequence[Sequence[float]]) -> Tensor:
         """Muon's iteration with the coefficients `steps`, on matrices [n, rows, columns] in bfloat16, in place."""
@@ -136,7 +144,7 @@ class Learn:
 
     def __init__(
         self,
-        call: Callable[..., None],
+        ask: Callable[..., int],
         name: str,
         embedding: Tensor,
         layers: Sequence[Tensor | None],
@@ -149,7 +157,7 @@ class Learn:
         vocab, width = head.shape
         self.parts = [_of_layers(sizes), -(-vocab // 32) * 32 * width, width]
         self.parts += [] if head is embedding else [vocab * width]
-        self._call, self._name, self._sizes = call, name, sizes
+        self._ask, self._name, self._sizes, self._vocab = ask, name, sizes, vocab
         self._model = (_addresses(layers), embedding, norm, head, vocab, *tables, float(eps))
 
     def __call__(
@@ -158,8 +166,15 @@ class Learn:
         """Losses [B T] over `divisor`; their gradients go to `grads`. `ids`, `targets`, `weights` [B, T]."""
         losses, sizes = torch.empty(ids.numel()), (ctypes.c_int64 * 8)(*ids.shape, *self._sizes)
         asked = [x.contiguous() for x in (ids, targets, weights)]
-        self._call(self._name, sizes, *self._model, grads, *asked, float(divisor), firsts, losses)
+        bad = self._ask(self._name, sizes, *self._model, grads, *asked, float(divisor), firsts, losses)
+        _known(bad, torch.stack(asked[:2]) if bad >= 0 else ids, self._vocab)
         return losses
+
+
+def _known(bad: int, ids: Tensor, vocab: int) -> None:
+    """Raise ModelError where the id at `bad` is none of the vocabulary's."""
+    if bad >= 0:
+        raise ModelError(f"token {ids.flatten()[bad].item()} of a batch is not in the model's vocabulary of {vocab}")
 
 
 def _of_layers(sizes: tuple[int, ...]) -> int:

@@ -61,12 +61,14 @@ static const float *NAME(gains_of)(const Shape *s, const Layer *layer, float *ro
     return room;
 }
 
-/* From ids [B, T] through all blocks to out [B T, C], which is not normalised yet. embedding [vocabulary, C]. */
-void NAME(trunk)(const int64_t *sizes, const Layer *layers, const float *embedding, const int64_t *ids,
-                 const float *cosines, const float *sines, const int64_t *positions, const int32_t *firsts,
+/* From ids [B, T] through all blocks to out [B T, C], which is not normalised yet. embedding [V, C]. Where an id is not
+   below V, its place is given back in place of -1, and nothing is done. */
+int64_t NAME(trunk)(const int64_t *sizes, const Layer *layers, const float *embedding, int64_t V, const int64_t *ids,
+                    const float *cosines, const float *sines, const int64_t *positions, const int32_t *firsts,
                  const int32_t *shared, int64_t keep, char *room, REAL *out, float eps, int threads) {
     const Shape s = shape_of(sizes, eps, cosines, sines, positions, firsts, shared, (int64_t *)room);
-    const int64_t N = s.B * s.T, C = s.C, size = of_matrices(&s);
+    const int64_t N = s.B * s.T, C = s.C, size = of_matrices(&s), bad = unknown(ids, N, V);
+    if (bad >= 0) return bad;
     REAL *rounded = NAME(rounded_at)(&s, (uintptr_t)room);
     word *panels = room_for(sizeof(REAL) * s.L * size);
     count_probabilities(&s);
@@ -98,6 +100,7 @@ void NAME(trunk)(const int64_t *sizes, const Layer *layers, const float *embeddi
         free(gains);
     }
     free(panels);
+    return -1;
 }
 
 /* The way back from dout [B T, C]. grads, a layer after the other: as enter_backward has them and then as leave_backward,
@@ -159,8 +162,9 @@ void NAME(trunk_backward)(const int64_t *sizes, const Layer *layers, const int64
 
 /* A whole step's loss and gradients: ids [B, T] to the cross-entropy with `targets`, weighted by `weights` over `divisor`,
    into losses [B T]. grads: as trunk_backward has them; of the head [V rounded up to 32, C] and of the last norm [C], as
-   `head` has them; and of the embedding [V, C], or nothing where the head is the embedding. */
-void NAME(learn)(const int64_t *sizes, const Layer *layers, const float *embedding, const float *norm, const float *head,
+   `head` has them; and of the embedding [V, C], or nothing where the head is the embedding. Gives back what `trunk` does,
+   for targets too, which come after ids. */
+int64_t NAME(learn)(const int64_t *sizes, const Layer *layers, const float *embedding, const float *norm, const float *head,
                  int64_t V, const float *cosines, const float *sines, float eps, float *grads, const int64_t *ids,
                  const int64_t *targets, const float *weights, float divisor, const int32_t *firsts, float *losses,
                  int threads) {
@@ -168,17 +172,20 @@ void NAME(learn)(const int64_t *sizes, const Layer *layers, const float *embeddi
     const int64_t N = s.B * s.T, C = s.C, of_head = upto32(V) * C;
     float *own_head = grads + s.L * (of_matrices(&s) + 2 * C + (s.H + s.K) * s.D);
     float *own_embedding = head == embedding ? own_head : own_head + of_head + C;
+    const int64_t wrong = unknown(ids, N, V), target = unknown(targets, N, V);
+    if (wrong >= 0 || target >= 0) return wrong >= 0 ? wrong : N + target;
     float *parts = room_for(sizeof(float) * N);
     int64_t bytes;
     NAME(trunk_bytes)(sizes, firsts, NULL, 1, &bytes);
     char *room = room_for(bytes);
     REAL *x = room_for(sizeof(REAL) * 2 * N * C), *dx = x + N * C;
     for (int64_t n = 0; n < N; n++) parts[n] = weights[n] / divisor;
-    NAME(trunk)(sizes, layers, embedding, ids, cosines, sines, NULL, firsts, NULL, 1, room, x, eps, threads);
+    NAME(trunk)(sizes, layers, embedding, V, ids, cosines, sines, NULL, firsts, NULL, 1, room, x, eps, threads);
     NAME(head)(x, norm, head, targets, parts, losses, dx, own_head, N, C, V, eps, threads);
     if (head != embedding) memset(own_embedding, 0, sizeof(float) * V * C);
     NAME(trunk_backward)(sizes, layers, ids, cosines, sines, NULL, firsts, NULL, room, dx, grads, own_embedding, threads);
     free(x);
     free(room);
     free(parts);
+    return -1;
 }
