@@ -129,6 +129,13 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t upto32(int64_t n) { return (n + 31) / 32 * 32; }
 static void *room_for(int64_t bytes) { return aligned_alloc(64, (size_t)(bytes + 64) / 64 * 64); }
 
+/* The address *at, after which `bytes` are taken. */
+static uintptr_t take(uintptr_t *at, int64_t bytes) {
+    const uintptr_t here = *at;
+    *at += (uintptr_t)(bytes + 63) / 64 * 64;
+    return here;
+}
+
 /* What all blocks of a decoder share: B rows of T tokens, C hidden numbers, H heads of queries and K of keys and values
    with D numbers each, I numbers in the feed-forward, L layers; the tables and masks of `rope_forward` and
    `softmax_forward`. Of row b the probabilities of a head are of_row[b], those of a head of all rows before it

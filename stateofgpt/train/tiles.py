@@ -26,8 +26,8 @@ OF_LAYER = 11  # tensors: norm, q, k, v, gains of queries and of keys (or None),
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens `ids` [B, T] int64 and what a decoder is told of them: `sizes` B, T, C, H, K, D, I, layers; `firsts`
-    and `shared` [B, T] int32 as in `softmax_`."""
+    """Rows of tokens `ids` [B, T] int64 and what a decoder is told of them: `sizes` B, T, C, H, K, D, I, layers;
+    `firsts` and `shared` [B, T] int32 as in `softmax_`."""
 
     ids: Tensor
     sizes: tuple[int, ...]

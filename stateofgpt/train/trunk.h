@@ -5,15 +5,9 @@
    What the way back needs lies in `room`, `trunk_bytes` long: where rows begin among the probabilities, all matrices
    rounded, the inputs of all layers, and what each layer keeps. Where nothing is kept, layers take turns in it. */
 
-static uintptr_t NAME(take)(uintptr_t *at, int64_t bytes) {
-    const uintptr_t here = *at;
-    *at += (uintptr_t)(bytes + 63) / 64 * 64;
-    return here;
-}
-
 /* The matrices of all layers, rounded, in `room`. */
 static REAL *NAME(rounded_at)(const Shape *s, uintptr_t room) {
-    NAME(take)(&room, sizeof(int64_t) * 2 * s->B);
+    take(&room, sizeof(int64_t) * 2 * s->B);
     return (REAL *)room;
 }
 
@@ -21,22 +15,22 @@ static REAL *NAME(rounded_at)(const Shape *s, uintptr_t room) {
 static NAME(Kept) NAME(kept_at)(const Shape *s, uintptr_t room, int64_t keep, int64_t layer, uintptr_t *end) {
     const int64_t N = s->B * s->T, A = s->H * s->D, x = sizeof(REAL) * N * s->C, heads = s->H + s->K;
     NAME(Kept) k;
-    NAME(take)(&room, sizeof(int64_t) * 2 * s->B);
-    NAME(take)(&room, sizeof(REAL) * s->L * of_matrices(s));
-    const uintptr_t xs = NAME(take)(&room, (keep ? s->L : 2) * x), begin = room;
+    take(&room, sizeof(int64_t) * 2 * s->B);
+    take(&room, sizeof(REAL) * s->L * of_matrices(s));
+    const uintptr_t xs = take(&room, (keep ? s->L : 2) * x), begin = room;
     k.x = (REAL *)(xs + (keep ? layer : layer % 2) * x);
     for (int64_t turn = 0; turn <= (keep ? layer : 0); turn++) {
-        k.qkv = (REAL *)NAME(take)(&room, sizeof(REAL) * N * all_heads(s));
-        k.q = (REAL *)NAME(take)(&room, sizeof(REAL) * N * A);
-        k.k = (REAL *)NAME(take)(&room, sizeof(REAL) * N * s->K * s->D);
-        k.v = (REAL *)NAME(take)(&room, sizeof(REAL) * N * s->K * s->D);
-        k.y = (REAL *)NAME(take)(&room, sizeof(REAL) * N * A);
-        k.middle = (REAL *)NAME(take)(&room, x);
-        k.gate_up = (REAL *)NAME(take)(&room, sizeof(REAL) * N * 2 * s->I);
-        k.probs = (REAL *)NAME(take)(&room, sizeof(REAL) * s->H * (s->before_row[s->B - 1] + s->of_row[s->B - 1]));
-        k.rstd = (float *)NAME(take)(&room, sizeof(float) * N);
-        k.rstd_qk = (float *)NAME(take)(&room, sizeof(float) * N * heads);
-        k.rstd_mlp = (float *)NAME(take)(&room, sizeof(float) * N);
+        k.qkv = (REAL *)take(&room, sizeof(REAL) * N * all_heads(s));
+        k.q = (REAL *)take(&room, sizeof(REAL) * N * A);
+        k.k = (REAL *)take(&room, sizeof(REAL) * N * s->K * s->D);
+        k.v = (REAL *)take(&room, sizeof(REAL) * N * s->K * s->D);
+        k.y = (REAL *)take(&room, sizeof(REAL) * N * A);
+        k.middle = (REAL *)take(&room, x);
+        k.gate_up = (REAL *)take(&room, sizeof(REAL) * N * 2 * s->I);
+        k.probs = (REAL *)take(&room, sizeof(REAL) * s->H * (s->before_row[s->B - 1] + s->of_row[s->B - 1]));
+        k.rstd = (float *)take(&room, sizeof(float) * N);
+        k.rstd_qk = (float *)take(&room, sizeof(float) * N * heads);
+        k.rstd_mlp = (float *)take(&room, sizeof(float) * N);
         if (turn == 0) *end = begin + (keep ? s->L : 1) * (room - begin);
     }
     return k;
@@ -84,12 +78,10 @@ int64_t NAME(trunk)(const int64_t *sizes, const Layer *layers, const float *embe
             for (int64_t j = 0; j < C; j++) x[n * C + j] = STORE(embedding[ids[n] * C + j]);
 #pragma omp barrier
         for (int64_t l = 0; l < s.L; l++) NAME(panels_of_layer)(&s, rounded + l * size, panels + l * size / PAIR);
+#pragma omp barrier
         for (int64_t l = 0; l < s.L; l++) {
             const NAME(Kept) kept = NAME(kept_at)(&s, (uintptr_t)room, keep, l, &end);
             const NAME(Words) words = NAME(words_at)(&s, panels + l * size / PAIR);
-            if (l == 0) {
-#pragma omp barrier
-            }
             NAME(enter)(&s, layers[l].norm, NAME(gains_of)(&s, layers + l, gains), words.qkv, &kept);
 #pragma omp barrier
             NAME(attend)(&s, &kept);
