@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stateofgpt import native
+from stateofgpt.train.memory import keep_memory
 from stateofgpt.train.tiles import SUFFIX, Tables, Tiles
 
 SOURCES = ("kernels.c", "kernels.h", "lanes.h", "products.h", "tiles.h", "trunk.h")
@@ -172,6 +173,7 @@ def load() -> Kernels | None:
     library = native.load([Path(__file__).with_name(name) for name in SOURCES], FLAGS)
     if library is None:
         return None
+    keep_memory()  # what blocks keep for their way back is one large piece
     kernels = Kernels(library)
     return kernels if _agrees(kernels) else None
 
