@@ -6,15 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_fused import BASE, apart_in_a_row, batch_of, gradients, model_of, no_farther_than_autocast
+from torch import Tensor
 
 from stateofgpt.errors import ModelError
-from stateofgpt.model.gpt import GPTConfig
+from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.model.lora import LoraConfig, add_lora
 from stateofgpt.train import fused, tiled
 from stateofgpt.train.branches import Branches
 from stateofgpt.train.kernels import Kernels, load
-from stateofgpt.train.loss import LanguageModelLoss
+from stateofgpt.train.loss import Batch, LanguageModelLoss
 from stateofgpt.train.optim import POLAR_STEPS, orthogonalise
 
 WIDE = replace(BASE, hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=96)
@@ -25,6 +27,7 @@ SHAPES = {
     "shared keys": replace(WIDE, num_attention_heads=4),
     "untied": replace(WIDE, tie_word_embeddings=False, vocab_size=64),
     "an odd vocabulary, one layer": replace(WIDE, num_hidden_layers=1, vocab_size=33),
+    "a larger one": replace(WIDE, num_hidden_layers=1, vocab_size=1000),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -202,7 +205,123 @@ def test_the_same_threads_give_the_same_bits(kernels: Kernels, dtype: torch.dtyp
 )
 def test_what_tiles_do_not_fit_is_torchs_products(kernels: Kernels, config: GPTConfig) -> None:
     assert not tiled.fits(kernels, config, torch.float32)
-    assert not tiled.fits_head(kernels, replace(WIDE, vocab_size=tiled.MOST_HEAD), torch.float32)
+    assert tiled.fits_head(kernels, config, torch.float32) == (config.hidden_size == WIDE.hidden_size)
+    assert not tiled.fits_head(kernels, replace(WIDE, hidden_size=80), torch.float32)
+
+
+def test_with_many_threads_only_narrow_blocks_are_tiled(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(WIDE, hidden_size=512, intermediate_size=1536, num_hidden_layers=8)  # 20 million weights
+    for threads, tiles in ((1, True), (3, True), (4, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert tiled.fits(kernels, config, torch.float32) is tiles
+        assert tiled.fits(kernels, WIDE, torch.float32) and tiled.fits_head(kernels, config, torch.float32)
+
+
+WIDER = replace(
+    WIDE, hidden_size=288, head_dim=64, num_attention_heads=6, num_key_value_heads=3, intermediate_size=576,
+    num_hidden_layers=1, vocab_size=2051,
+)  # fmt: skip
+
+
+def set_apart(model: GPT, batch: Batch) -> None:
+    """Weights of a trained model's size, so that its logits are too, and targets that it is sure of."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.3 if p.ndim == 2 else 1.0)
+        batch.targets[:, ::3] = model(batch.ids).argmax(-1)[:, ::3]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_wider_model_has_its_own_losses_and_gradients(kernels: Kernels, threads: int) -> None:
+    """More tokens than the head takes together, none of whose numbers is round."""
+    model, batch, before = model_of(WIDER), batch_of(WIDER, 3, 181), torch.get_num_threads()
+    set_apart(model, batch)
+    assert tiled.fits(kernels, WIDER, torch.float32) and WIDER.vocab_size * WIDER.hidden_size > 1 << 19
+    theirs = LanguageModelLoss()(model, batch)
+    wanted = gradients(model, theirs)
+    torch.set_num_threads(threads)
+    try:
+        mine = LanguageModelLoss(fused=True)(model, batch)
+        got = gradients(model, mine)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    size = max(float(g.norm()) for g in wanted.values())
+    for name, gradient in wanted.items():
+        assert float((got[name] - gradient).norm()) <= 3e-5 * float(gradient.norm()) + 5e-7 * size, name
+
+
+def test_a_wider_model_in_bfloat16_is_no_farther_from_the_truth_than_autocast(in_pairs: Kernels) -> None:
+    no_farther_than_autocast(WIDER, 3, 67)
+
+
+def head_of(
+    kernels: Kernels, dtype: torch.dtype, scale: float, targets: Tensor, vocab: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Losses and gradients of x and of the weights, of a head alone: ours, and torch's in float64."""
+    generator = torch.Generator().manual_seed(0)
+    n = len(targets)
+    x, w = torch.randn(n, 64, generator=generator).to(dtype), torch.randn(vocab, 64, generator=generator) * scale
+    w, weights, norm = w.to(dtype).float(), torch.rand(n, generator=generator), torch.ones(64)
+    losses, dx, dw, _ = kernels.head(x, norm, w, targets, weights, 1e-6, wanted=True)
+    exact, head = x.double().requires_grad_(), w.double().requires_grad_()
+    h = F.rms_norm(exact, (64,), None, 1e-6)
+    rounded = h + (h.detach().to(dtype).double() - h.detach())
+    theirs = F.cross_entropy(rounded @ head.t(), targets, reduction="none") * weights
+    theirs.sum().backward()  # type: ignore[no-untyped-call]
+    assert exact.grad is not None and head.grad is not None
+    return (losses, dx, dw), (theirs.detach(), exact.grad, head.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("vocab", [97, 2051])
+def test_targets_that_a_head_thinks_impossible_have_their_losses(
+    in_pairs: Kernels, dtype: torch.dtype, threads: int, vocab: int
+) -> None:
+    """Logits of hundreds, most of which lie far above that of the target, which exponentials are relative to."""
+    before, targets = torch.get_num_threads(), torch.arange(131) % vocab
+    torch.set_num_threads(threads)
+    try:
+        mine, theirs = head_of(in_pairs, dtype, 20.0, targets, vocab)
+    finally:
+        torch.set_num_threads(before)
+    assert float(theirs[0].max()) > 200
+    for near, one, other in zip((1e-4, 1e-2, 1e-2), mine, theirs, strict=True):
+        near = near if dtype == torch.float32 else 2e-2
+        assert float((one - other).norm()) <= near * float(other.norm())
+
+
+def test_where_a_head_is_sure_its_gradient_is_the_small_difference_that_it_is(in_pairs: Kernels) -> None:
+    """Probabilities of 0.999 in bfloat16, whose steps are 0.004 there: what is left of the target's is not lost."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 64, generator=generator), torch.randn(512, 64, generator=generator) * 0.1
+    w[:64] = F.rms_norm(x, (64,)) * 0.2
+    x, w = x.bfloat16(), w.bfloat16().float()
+    targets = torch.arange(64)
+    losses, _, dw, _ = in_pairs.head(x, torch.ones(64), w, targets, torch.ones(64), 1e-6, wanted=True)
+    head = w.double().requires_grad_()
+    h = F.rms_norm(x.double(), (64,), None, 1e-6).bfloat16().double()
+    F.cross_entropy(h @ head.t(), targets, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    assert head.grad is not None and float(losses.median()) < 0.02
+    own, exact = dw[:64], head.grad[:64]
+    assert float((own - exact).norm()) <= 5e-3 * float(exact.norm())
+
+
+def test_what_is_no_number_stays_none(kernels: Kernels) -> None:
+    x, w = torch.ones(9, 64), torch.zeros(70, 64)
+    w[3] = float("nan")
+    losses, *_ = kernels.head(x, torch.ones(64), w, torch.arange(9), torch.ones(9), 1e-6, wanted=True)
+    assert losses.isnan().all()
+
+
+def test_a_head_that_is_not_trained_gets_no_gradient(kernels: Kernels) -> None:
+    model, batch = model_of(replace(WIDE, tie_word_embeddings=False)), batch_of(WIDE, 2, 40)
+    model.lm_head.weight.requires_grad_(False)
+    got = gradients(model, LanguageModelLoss(fused=True)(model, batch))
+    wanted = gradients(model, LanguageModelLoss()(model, batch))
+    assert got.keys() == wanted.keys() and "lm_head.weight" not in got
+    assert all(float((got[n] - g).norm()) <= 1e-4 * float(g.norm()) + 1e-6 for n, g in wanted.items())
 
 
 def test_on_another_processor_torchs_products_give_the_same(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def fused_loss(
     """
     x, spec = _decoded(kernels, model, ids, dtype, firsts)
     norm, head, asked = model.model.norm.weight, model.lm_head.weight, (targets.reshape(-1), weights.reshape(-1))
-    if tiled.fits_head(kernels, model.config, dtype):
+    if tiled.fits_head(kernels, model.config, dtype) and head.requires_grad:  # if not, torch's way makes no gradient
         out: Tensor = tiled.TiledHead.apply(x, norm, head, *asked, spec.eps, kernels)
     else:
         out = _Head.apply(x, norm, head.to(dtype), *asked, spec)
@@ -90,7 +90,8 @@ def fused_loss(
 def narrow(kernels: Kernels, model: GPT, dtype: torch.dtype) -> tiled.Narrow | None:
     """A step of `model` without autograd; None where only autograd can do it: with torch's products, or adapters."""
     c, trunk = model.config, model.model
-    if not (knows(model) and tiled.fits_head(kernels, c, dtype)):
+    fit = tiled.fits(kernels, c, dtype) and tiled.fits_head(kernels, c, dtype)
+    if not (knows(model) and fit and model.lm_head.weight.requires_grad):
         return None
     layers = [layer for layer in trunk.layers if isinstance(layer, Block)]
     tensors = [tensor for layer in layers for tensor in _tensors(layer, c)]

@@ -81,19 +81,23 @@ static inline int64_t share(int64_t n, int64_t *first, int64_t *last) {
 typedef uint32_t __attribute__((may_alias)) word;
 typedef float __attribute__((vector_size(64), aligned(4), may_alias)) lanes;
 #define AS_LANES(p) (*(const lanes *)(p))
+#define WORDS 64 /* along a product's inner dimension that `accumulate` takes together */
+#define APART(to, words) ((to) == 32 ? (words) * 32 : 32) /* from one panel of what `down` gave to the next */
+#define FEW(n) (PAIR == 1 && (n) < 256) /* columns of float that a product reads as fast where they are */
+#define SOME(mask, v) ((lanes)_mm512_maskz_mov_ps((__mmask16)(mask), (__m512)(v))) /* and zeros */
+#define WITHIN(v, most) (_mm512_cmp_ps_mask((__m512)(v), _mm512_set1_ps(most), _CMP_LE_OQ) == 0xffff)
 #define SPLAT(w) ((lanes)_mm512_set1_epi32((int)(w)))
 
-/* e^x as `exponential` has it; below -87 what it is there. */
+/* e^x to 2 ulp: 2^n times a polynomial that is exactly 1 at 0; below -87 what it is there. */
 static inline lanes exponential_lanes(lanes x) {
     x = (lanes)_mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x);
     const lanes n = (lanes)_mm512_roundscale_ps((__m512)(x * 1.44269504088896f), _MM_FROUND_TO_NEAREST_INT);
-    const lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return (lanes)_mm512_scalef_ps((__m512)(p * r * r + r + 1.0f), (__m512)n);
+    const lanes r = x * 1.44269504088896f - n;
+    lanes p = r * 1.3264727e-3f + 9.6715130e-3f;
+    p = p * r + 5.5507336e-2f;
+    p = p * r + 2.4022242e-1f;
+    p = p * r + 6.9314700e-1f;
+    return (lanes)_mm512_scalef_ps((__m512)(p * r + 1.0f), (__m512)n);
 }
 
 /* 1 / (1 + e^-x) to a few ulp, by an estimate of 14 bits and one step of Newton's. */
@@ -231,6 +235,7 @@ static void add_up(float *sums, const float *others, int64_t size) {
 #include "lanes.h"
 #include "products.h"
 #include "tiles.h"
+#include "head.h"
 #include "trunk.h"
 int tiles_float32(void) { return 1; }
 #undef PAIR
@@ -240,6 +245,10 @@ int tiles_float32(void) { return 1; }
 #undef PAIRED
 #undef GET
 #undef PUT
+#undef BLOCK
+#undef ROWS
+#undef LARGEST
+#undef SMALL
 #endif
 #undef REAL
 #undef NAME
@@ -262,6 +271,7 @@ int tiles_float32(void) { return 1; }
 #include "lanes.h"
 #include "products.h"
 #include "tiles.h"
+#include "head.h"
 #include "trunk.h"
 int tiles_bfloat16(void) { return 1; }
 #endif
@@ -371,7 +381,7 @@ void polar(bfloat16 *matrices, int64_t count, int64_t rows, int64_t columns, con
                     gram[i] = to_bfloat16(b * from_bfloat16(gram[i]) + d * from_bfloat16(second[i]));
                 int64_t to;
                 const word *words = down_bfloat16(x, c, r, c, room, &to);
-                multiply_bfloat16(gram, r, r, words, to, 32, c, r / 2, x, y, c);
+                multiply_bfloat16(gram, r, r, words, to, APART(to, r / 2), c, r / 2, x, y, c);
                 bfloat16 *last = x;
                 x = y, y = last;
                 factor *= abc[0];

@@ -21,7 +21,7 @@ from stateofgpt import native
 from stateofgpt.train.memory import keep_memory
 from stateofgpt.train.tiles import SUFFIX, Tables, Tiles
 
-SOURCES = ("kernels.c", "kernels.h", "lanes.h", "products.h", "tiles.h", "trunk.h")
+SOURCES = ("kernels.c", "kernels.h", "lanes.h", "products.h", "tiles.h", "head.h", "trunk.h")
 FLAGS = (
     "-O3",
     "-march=native",

@@ -35,30 +35,6 @@ ROW void NAME(swiglu_lanes_backward)(const REAL *dout, const REAL *x, REAL *dx, 
     }
 }
 
-/* Cross-entropy of one row and its gradient, as cross_entropy_row, over `width` numbers, a multiple of 32, of which those
-   from c on do not count and become 0 or next to it. e [width]. */
-ROW float NAME(cross_entropy_lanes)(REAL *x, int64_t target, float w, float *e, int64_t c, int64_t width,
-                                              int with_gradient) {
-    const float own = LOAD(x[target]);
-    for (int64_t j = c; j < width; j++) x[j] = STORE(-INFINITY);
-    lanes top[2] = {GET(x), GET(x + 16)}, sums[2] = {0};
-    for (int64_t j = 32; j < width; j += 32)
-        for (int i = 0; i < 2; i++) top[i] = (lanes)_mm512_max_ps((__m512)top[i], (__m512)GET(x + j + 16 * i));
-    const float most = _mm512_reduce_max_ps(_mm512_max_ps((__m512)top[0], (__m512)top[1]));
-    for (int64_t j = 0; j < width; j += 32)
-        for (int i = 0; i < 2; i++) {
-            const lanes y = EXP(GET(x + j + 16 * i) - most);
-            *(lanes *)(e + j + 16 * i) = y;
-            sums[i] += y;
-        }
-    const float sum = _mm512_reduce_add_ps((__m512)(sums[0] + sums[1])), k = w / sum;
-    if (with_gradient) {
-        for (int64_t j = 0; j < width; j += 32) PUT(x + j, *(lanes *)(e + j) * k, *(lanes *)(e + j + 16) * k);
-        x[target] = STORE(e[target] * k - w);
-    }
-    return w * (logf(sum) + most - own);
-}
-
 /* Softmax of one row over keys 0..before-1 and first..end-1 as softmax_row has it; width is a multiple of 32, and so is
    all of e. */
 ROW void NAME(softmax_lanes)(REAL *s, float *e, int64_t before, int64_t first, int64_t end, int64_t width, float scale) {

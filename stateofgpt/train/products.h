@@ -55,38 +55,79 @@ static void NAME(multiply)(const REAL *a, int64_t ai, int64_t m, const word *b, 
     }
 }
 
-/* c [m, n] += a^T b over `words` rows of words: a [words, m], b [words, n], `ak` and `bk` words from one row to the next.
-   m is a multiple of 8 and n of 32. */
-static void NAME(accumulate)(const word *a, int64_t ak, int64_t m, const word *b, int64_t bk, int64_t n, int64_t words,
-                             float *c) {
-    for (int64_t i = 0; i < m; i += 8)
-        for (int64_t j = 0; j < n; j += 32) {
+/* c [8 rows, 32 columns] += a b; n: floats from one row of c to the next. c mostly waits in a farther cache: that of the
+   next tile, `ahead`, is asked for. */
+static inline __attribute__((always_inline)) void NAME(add_tile)(const word *a, int64_t ai, int64_t ak, const word *b,
+                                                                 int64_t bk, int64_t words, float *c, int64_t n,
+                                                                 const float *ahead) {
+    lanes sums[8][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        __builtin_prefetch(ahead + i * n, 1);
+        __builtin_prefetch(ahead + i * n + 16, 1);
+        sums[i][0] = *(const lanes *)(c + i * n);
+        sums[i][1] = *(const lanes *)(c + i * n + 16);
+    }
+    NAME(tile)(sums, 8, a, ai, ak, b, bk, words);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        *(lanes *)(c + i * n) = sums[i][0];
+        *(lanes *)(c + i * n + 16) = sums[i][1];
+    }
+}
+
+/* c [m, n] += a [m, words] b [words, n], rows of a `ai` numbers apart, b in panels; m a multiple of 8, n of 32. */
+static void NAME(add_product)(const REAL *a, int64_t ai, int64_t m, const word *b, int64_t n, int64_t words, float *c) {
+    for (int64_t j = 0; j < n; j += 32)
+        for (int64_t i = 0; i < m; i += 8) {
             float *at = c + i * n + j;
-            lanes sums[8][2];
-#pragma GCC unroll 8
-            for (int r = 0; r < 8; r++) {
-                sums[r][0] = *(const lanes *)(at + r * n);
-                sums[r][1] = *(const lanes *)(at + r * n + 16);
-            }
-            NAME(tile)(sums, 8, a + i, 1, ak, b + j, bk, words);
-#pragma GCC unroll 8
-            for (int r = 0; r < 8; r++) {
-                *(lanes *)(at + r * n) = sums[r][0];
-                *(lanes *)(at + r * n + 16) = sums[r][1];
-            }
+            NAME(add_tile)((const word *)(a + i * ai), ai / PAIR, 1, b + j * words, 32, words, at, n,
+                           i + 8 < m ? at + 8 * n : c + j + 32);
         }
 }
 
-/* x [rows, n] with rows `step` apart as words down its columns: itself in float, pairs of rows in bfloat16, for which
-   `room` [(rows + 1) / 2, n] is needed. `*to` becomes the words from one row to the next. n is a multiple of 32. */
+/* c [m, n] += a^T b over `words` rows of words: a [words, m] from down_left, b [words, n] from `down`, `ak` and `bk` words
+   from one row to the next. m and n are multiples of 32. The rows are taken WORDS at a time, so that 32 columns of a and
+   of b stay in the nearest cache. */
+static void NAME(accumulate)(const word *a, int64_t ak, int64_t m, const word *b, int64_t bk, int64_t n, int64_t words,
+                             float *c) {
+    for (int64_t i = 0; i < m; i += 32)
+        for (int64_t j = 0; j < n; j += 32)
+            for (int64_t from = 0; from < words; from += WORDS)
+                for (int64_t r = 0; r < 32; r += 8) {
+                    float *at = c + (i + r) * n + j;
+                    NAME(add_tile)(a + i / 32 * APART(ak, words) + r + from * ak, 1, ak,
+                                   b + j / 32 * APART(bk, words) + from * bk, bk, least(WORDS, words - from), at, n,
+                                   j + 32 < n ? at + 32 : at + 32 * n - j);
+                }
+}
+
+/* x [rows, n] with rows `step` apart as words down its columns: panels of 32 columns [(rows + PAIR - 1) / PAIR, 32], each
+   `apart` rows of words after the one before. n is a multiple of 32. */
+static void NAME(columns)(const REAL *x, int64_t step, int64_t rows, int64_t n, word *out, int64_t apart) {
+    for (int64_t p = 0; p < n; p += 32, out += apart * 32)
+        for (int64_t k = 0; k < rows; k += PAIR) {
+            const REAL *at = x + k * step + p;
+            word *to = out + k / PAIR * 32;
+            if (PAIR == 1) memcpy(to, at, sizeof(word) * 32);
+            else if (k + 1 < rows) PAIRED(at, at + step, to);
+            else
+                for (int64_t j = 0; j < 32; j++) to[j] = (word)at[j];
+        }
+}
+
+/* The same, where few columns of float remain where they are, and others lie in `room`. `*to` becomes the words from one
+   row to the next, and from one panel to the next there are APART(*to, words). */
 static const word *NAME(down)(const REAL *x, int64_t step, int64_t rows, int64_t n, word *room, int64_t *to) {
-    *to = PAIR == 1 ? step : n;
-    if (PAIR == 1) return (const word *)x;
-    for (int64_t k = 0; k < rows / 2; k++)
-        for (int64_t j = 0; j < n; j += 32) PAIRED(x + 2 * k * step + j, x + (2 * k + 1) * step + j, room + k * n + j);
-    if (rows % 2)
-        for (int64_t j = 0; j < n; j++) room[rows / 2 * n + j] = (word)x[(rows - 1) * step + j];
-    return room;
+    if (FEW(n)) return *to = step, (const word *)x;
+    NAME(columns)(x, step, rows, n, room, (rows + PAIR - 1) / PAIR);
+    return *to = 32, room;
+}
+
+/* The same for the left operand of `accumulate`, whose floats can always remain where they are. */
+static const word *NAME(down_left)(const REAL *x, int64_t step, int64_t rows, int64_t n, word *room, int64_t *to) {
+    if (PAIR == 1) return *to = step, (const word *)x;
+    return NAME(down)(x, step, rows, n, room, to);
 }
 
 /* Panels first..last of w^T, w [n, k] having its rows `step` apart: out [panel, k / PAIR, 32]; zeros past n. */

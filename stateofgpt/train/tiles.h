@@ -1,4 +1,4 @@
-/* A decoder's block, its attention and its head of one precision, 64 tokens at a time: what a product makes is still in
+/* A decoder's block and its attention of one precision, 64 tokens at a time: what a product makes is still in
    the core's cache when the next pass reads it, and what is cheap is computed again on the way back instead of kept.
    Passes are those of `kernels.h` and `lanes.h`, products those of `products.h`, and with the same number of threads the
    bits are the same. Widths (C hidden, A = H D of all heads, I feed-forward, D of a head) are multiples of 32.
@@ -10,10 +10,17 @@
 
 /* This thread's share of a matrix of weights [k, n] as words down its columns (all of them after a barrier). */
 static const word *NAME(down_shared)(const REAL *w, int64_t k, int64_t n, word *room) {
-    int64_t first, last, to;
-    share(k / 2, &first, &last);
-    const word *own = NAME(down)(w + 2 * first * n, n, 2 * (last - first), n, room + first * n, &to);
-    return PAIR == 1 ? (const word *)w : own - first * n;
+    int64_t first, last;
+    if (FEW(n)) return (const word *)w;
+    share(n / 32, &first, &last);
+    NAME(columns)(w + first * 32, n, k, (last - first) * 32, room + first * 32 * (k / PAIR), k / PAIR);
+    return room;
+}
+
+/* out [m, n] = a [m, k] w [k, n], w as down_shared gives it. */
+static void NAME(multiply_down)(const REAL *a, int64_t m, const word *w, int64_t k, int64_t n, REAL *out) {
+    const int64_t to = FEW(n) ? n : 32;
+    NAME(multiply)(a, k, m, w, to, APART(to, k / PAIR), n, k / PAIR, NULL, out, n);
 }
 
 /* This thread's share of float weights w [n], rounded; where they go on. */
@@ -109,7 +116,7 @@ static void NAME(enter_backward)(const Shape *s, const float *norm, const float 
                                  const REAL *residual, REAL *dx, float *own) {
     const int64_t N = s->B * s->T, T = s->T, C = s->C, H = s->H, K = s->K, D = s->D, W = all_heads(s);
     REAL *h = room_for(sizeof(REAL) * TOKENS * (W + 2 * C)), *dh = h + TOKENS * C, *dqkv = dh + TOKENS * C;
-    word *left = room_for(sizeof(word) * TOKENS / 2 * (W + C)), *right = left + TOKENS / 2 * W;
+    word *left = room_for(sizeof(word) * TOKENS / PAIR * (W + C)), *right = left + TOKENS / PAIR * W;
     int64_t first, last, tl, tr;
     share((N + TOKENS - 1) / TOKENS, &first, &last);
     for (int64_t from = first * TOKENS; from < last * TOKENS && from < N; from += TOKENS) {
@@ -122,9 +129,9 @@ static void NAME(enter_backward)(const Shape *s, const float *norm, const float 
                                     dqkv + (n - from) * W, own + W * C + C, H, K, D);
             NAME(scaled_row)(kept->x + n * C, norm, kept->rstd[n], h + (n - from) * C, C);
         }
-        const word *a = NAME(down)(dqkv, W, rows, W, left, &tl), *b = NAME(down)(h, C, rows, C, right, &tr);
+        const word *a = NAME(down_left)(dqkv, W, rows, W, left, &tl), *b = NAME(down)(h, C, rows, C, right, &tr);
         NAME(accumulate)(a, tl, W, b, tr, C, (rows + PAIR - 1) / PAIR, own);
-        NAME(multiply)(dqkv, W, rows, weights, C, 32, C, W / PAIR, NULL, dh, C);
+        NAME(multiply_down)(dqkv, rows, weights, W, C, dh);
         for (int64_t n = from; n < from + rows; n++)
             NAME(norm_row_backward)(dh + (n - from) * C, kept->x + n * C, norm, kept->rstd[n], residual + n * C,
                                     dx + n * C, own + W * C, C);
@@ -163,29 +170,29 @@ static void NAME(leave_backward)(const Shape *s, const float *norm, const NAME(W
     REAL *h = room_for(sizeof(REAL) * TOKENS * (2 * C + 4 * I)), *dh = h + TOKENS * C, *hidden = dh + TOKENS * C;
     REAL *dhidden = hidden + TOKENS * I, *both = dhidden + TOKENS * I;
     const int64_t widest = 2 * I + C + A;
-    word *left = room_for(sizeof(word) * TOKENS * widest), *right = left + TOKENS / 2 * widest;
+    word *left = room_for(sizeof(word) * TOKENS / PAIR * 2 * widest), *right = left + TOKENS / PAIR * widest;
     int64_t first, last, tl, tr;
     share((N + TOKENS - 1) / TOKENS, &first, &last);
     for (int64_t from = first * TOKENS; from < last * TOKENS && from < N; from += TOKENS) {
         const int64_t rows = least(TOKENS, N - from), words = (rows + PAIR - 1) / PAIR;
         const REAL *mid = kept->middle + from * C, *d = dout + from * C, *gate_up = kept->gate_up + from * 2 * I;
         REAL *dmid = dmiddle + from * C;
-        NAME(multiply)(d, C, rows, w->down, I, 32, I, C / PAIR, NULL, dhidden, I);
+        NAME(multiply_down)(d, rows, w->down, C, I, dhidden);
         for (int64_t i = 0; i < rows; i++) {
             NAME(swiglu_lanes_backward)(dhidden + i * I, gate_up + 2 * i * I, both + 2 * i * I, hidden + i * I, I);
             NAME(scaled_row)(mid + i * C, norm, kept->rstd_mlp[from + i], h + i * C, C);
         }
-        const word *a = NAME(down)(d, C, rows, C, left, &tl), *b = NAME(down)(hidden, I, rows, I, right, &tr);
+        const word *a = NAME(down_left)(d, C, rows, C, left, &tl), *b = NAME(down)(hidden, I, rows, I, right, &tr);
         NAME(accumulate)(a, tl, C, b, tr, I, words, own_down);
-        a = NAME(down)(both, 2 * I, rows, 2 * I, left, &tl), b = NAME(down)(h, C, rows, C, right, &tr);
+        a = NAME(down_left)(both, 2 * I, rows, 2 * I, left, &tl), b = NAME(down)(h, C, rows, C, right, &tr);
         NAME(accumulate)(a, tl, 2 * I, b, tr, C, words, own_gate_up);
-        NAME(multiply)(both, 2 * I, rows, w->gate_up, C, 32, C, 2 * I / PAIR, NULL, dh, C);
+        NAME(multiply_down)(both, rows, w->gate_up, 2 * I, C, dh);
         for (int64_t i = 0; i < rows; i++)
             NAME(norm_row_backward)(dh + i * C, mid + i * C, norm, kept->rstd_mlp[from + i], d + i * C, dmid + i * C,
                                     own_norm, C);
-        a = NAME(down)(dmid, C, rows, C, left, &tl), b = NAME(down)(kept->y + from * A, A, rows, A, right, &tr);
+        a = NAME(down_left)(dmid, C, rows, C, left, &tl), b = NAME(down)(kept->y + from * A, A, rows, A, right, &tr);
         NAME(accumulate)(a, tl, C, b, tr, A, words, own);
-        NAME(multiply)(dmid, C, rows, w->o, A, 32, A, C / PAIR, NULL, dy + from * A, A);
+        NAME(multiply_down)(dmid, rows, w->o, C, A, dy + from * A);
     }
     free(left);
     free(h);
@@ -194,7 +201,7 @@ static void NAME(leave_backward)(const Shape *s, const float *norm, const NAME(W
 /* Causal attention of this thread's heads: y, and the probabilities of 32 queries after the other, each such block as
    wide as the keys it is shown (`seen_by`). */
 static void NAME(attend)(const Shape *s, const NAME(Kept) *kept) {
-    const int64_t T = s->T, H = s->H, K = s->K, D = s->D, widest = upto32(T);
+    const int64_t T = s->T, H = s->H, K = s->K, D = s->D, widest = upto32(T), all = (T + PAIR - 1) / PAIR;
     const float scale = 1.0f / sqrtf((float)D);
     word *keys = room_for(sizeof(word) * 2 * widest * D), *room = keys + widest * D;
     float *e = room_for(sizeof(float) * widest);
@@ -222,8 +229,8 @@ static void NAME(attend)(const Shape *s, const NAME(Kept) *kept) {
                                         scale);
                 }
                 if (seen.shared)
-                    NAME(multiply)(p, width, rows, values, to, 32, D, seen.shared / PAIR, NULL, y, H * D);
-                NAME(multiply)(p + seen.shared, width, rows, values + seen.from / PAIR * to, to, 32, D,
+                    NAME(multiply)(p, width, rows, values, to, APART(to, all), D, seen.shared / PAIR, NULL, y, H * D);
+                NAME(multiply)(p + seen.shared, width, rows, values + seen.from / PAIR * to, to, APART(to, all), D,
                                (least(seen.end, T) - seen.from + PAIR - 1) / PAIR, seen.shared ? y : NULL, y, H * D);
                 p += rows * width;
             }
@@ -234,7 +241,7 @@ static void NAME(attend)(const Shape *s, const NAME(Kept) *kept) {
 
 /* Gradients of q, k and v from dy [B T, H D]. */
 static void NAME(attend_backward)(const Shape *s, const NAME(Kept) *kept, const REAL *dy, REAL *dq, REAL *dk, REAL *dv) {
-    const int64_t T = s->T, H = s->H, K = s->K, D = s->D, widest = upto32(T);
+    const int64_t T = s->T, H = s->H, K = s->K, D = s->D, widest = upto32(T), all = (T + PAIR - 1) / PAIR;
     const float scale = 1.0f / sqrtf((float)D);
     word *values = room_for(sizeof(word) * (2 * widest * D + QUERIES * (widest + D)));
     word *room = values + widest * D, *left = room + widest * D, *right = left + QUERIES * widest;
@@ -260,15 +267,16 @@ static void NAME(attend_backward)(const Shape *s, const NAME(Kept) *kept, const 
                                ds + shared, width);
                 for (int64_t t = 0; t < rows; t++)
                     NAME(softmax_lanes_backward)(p + t * width, ds + t * width, width, scale);
-                if (shared) NAME(multiply)(ds, width, rows, keys, to, 32, D, shared / PAIR, NULL, to_q, D);
-                NAME(multiply)(ds + shared, width, rows, keys + seen.from / PAIR * to, to, 32, D,
+                if (shared) NAME(multiply)(ds, width, rows, keys, to, APART(to, all), D, shared / PAIR, NULL, to_q, D);
+                NAME(multiply)(ds + shared, width, rows, keys + seen.from / PAIR * to, to, APART(to, all), D,
                                (least(seen.end, T) - seen.from + PAIR - 1) / PAIR, shared ? to_q : NULL, to_q, D);
-                const word *a = NAME(down)(ds, width, rows, width, left, &tl), *w = NAME(down)(q, D, rows, D, right, &tr);
+                const word *a = NAME(down_left)(ds, width, rows, width, left, &tl), *w = NAME(down)(q, D, rows, D, right, &tr);
+                const int64_t past = shared / 32 * APART(tl, words);
                 NAME(accumulate)(a, tl, shared, w, tr, D, words, dkeys);
-                NAME(accumulate)(a + shared, tl, own, w, tr, D, words, dkeys + seen.from * D);
-                a = NAME(down)(p, width, rows, width, left, &tl), w = NAME(down)(d, H * D, rows, D, right, &tr);
+                NAME(accumulate)(a + past, tl, own, w, tr, D, words, dkeys + seen.from * D);
+                a = NAME(down_left)(p, width, rows, width, left, &tl), w = NAME(down)(d, H * D, rows, D, right, &tr);
                 NAME(accumulate)(a, tl, shared, w, tr, D, words, dvalues);
-                NAME(accumulate)(a + shared, tl, own, w, tr, D, words, dvalues + seen.from * D);
+                NAME(accumulate)(a + past, tl, own, w, tr, D, words, dvalues + seen.from * D);
                 p += rows * width;
             }
         for (int64_t j = 0; j < T * D; j++) dk[i * T * D + j] = STORE(dkeys[j]);
@@ -277,53 +285,4 @@ static void NAME(attend_backward)(const Shape *s, const NAME(Kept) *kept, const 
     free(dkeys);
     free(ds);
     free(values);
-}
-
-/* The final norm, the head and its loss: losses [N] of x [N, C] through w [V, C], as in cross_entropy; and where dx is
-   not null, dx [N, C] and grads: of w [V rounded up to 32, C] and of norm [C]. */
-void NAME(head)(const REAL *x, const float *norm, const float *w, const int64_t *targets, const float *weights,
-                float *losses, REAL *dx, float *grads, int64_t N, int64_t C, int64_t V, float eps, int threads) {
-    const int64_t width = upto32(V), step = width + 32, size = width * C + C; /* rows apart by no power of two */
-    REAL *rounded = room_for(sizeof(REAL) * 3 * width * C);
-    word *across = (word *)(rounded + width * C), *room = across + width * C / PAIR;
-    float *others = room_for(sizeof(float) * (dx ? threads - 1 : 0) * size);
-#pragma omp parallel num_threads(threads)
-    {
-        REAL *h = room_for(sizeof(REAL) * (TOKENS * (2 * C + step) + C)), *dh = h + TOKENS * C, *nothing = dh + TOKENS * C;
-        REAL *logits = nothing + C;
-        float *e = room_for(sizeof(float) * (width + TOKENS)), *r = e + width;
-        word *left = room_for(sizeof(word) * TOKENS / 2 * (width + C)), *right = left + TOKENS / 2 * width;
-        int64_t first, last, tl, tr;
-        const int64_t me = share((N + TOKENS - 1) / TOKENS, &first, &last);
-        float *own = me ? others + (me - 1) * size : grads;
-        memset(nothing, 0, sizeof(REAL) * C);
-        if (dx) memset(own, 0, sizeof(float) * size);
-        NAME(round_shared)(w, V * C, rounded);
-#pragma omp single
-        memset(rounded + V * C, 0, sizeof(REAL) * (width - V) * C);
-        NAME(panels_shared)(rounded, width, C, across);
-        const word *words = NAME(down_shared)(rounded, width, C, room);
-#pragma omp barrier
-        for (int64_t from = first * TOKENS; from < last * TOKENS && from < N; from += TOKENS) {
-            const int64_t rows = least(TOKENS, N - from);
-            for (int64_t i = 0; i < rows; i++)
-                r[i] = NAME(norm_row)(x + (from + i) * C, norm, h + i * C, C, eps);
-            NAME(multiply)(h, C, rows, across, 32, C / PAIR * 32, width, C / PAIR, NULL, logits, step);
-            for (int64_t i = 0; i < rows; i++)
-                losses[from + i] = NAME(cross_entropy_lanes)(logits + i * step, targets[from + i], weights[from + i], e, V, width, dx != NULL);
-            if (!dx) continue;
-            const word *a = NAME(down)(logits, step, rows, width, left, &tl), *b = NAME(down)(h, C, rows, C, right, &tr);
-            NAME(accumulate)(a, tl, width, b, tr, C, (rows + PAIR - 1) / PAIR, own);
-            NAME(multiply)(logits, step, rows, words, C, 32, C, width / PAIR, NULL, dh, C);
-            for (int64_t i = 0; i < rows; i++)
-                NAME(norm_row_backward)(dh + i * C, x + (from + i) * C, norm, r[i], nothing, dx + (from + i) * C,
-                                        own + width * C, C);
-        }
-        if (dx) add_up(grads, others, size);
-        free(left);
-        free(e);
-        free(h);
-    }
-    free(others);
-    free(rounded);
 }
