@@ -1,6 +1,6 @@
 """Steps per second at equal mathematics: one LLaMA shape, one batch, one optimizer family, ours against transformers.
 
-    python benchmarks/bench_step.py [--pairs 5] [--shapes small medium wide]
+    python benchmarks/bench_step.py [--pairs 5] [--shapes small medium wide] [--only float32]
 
 Gate first: with the same weights in float32 both losses and all gradients agree to 1e-4. Then whole training steps
 (forward, backward, clipping, AdamW) in turn: both in float32; and each side's best, which for transformers is the
@@ -225,13 +225,16 @@ def rates_of(processes: dict[Way, Process]) -> dict[Way, float]:
     return {way: median(found[way] for found in rounds) for way in processes}
 
 
-def measure(name: str, n_pairs: int) -> dict[str, Any]:
-    """Gate, pairs in float32, pairs of each side's best."""
+def measure(name: str, n_pairs: int, alone: bool) -> dict[str, Any]:
+    """Gate, pairs in float32, pairs of each side's best; `alone`: the first two."""
     gate(config_of(SHAPES[name]), batch_of(SHAPES[name]))
     with ExitStack() as stack:
-        processes = {way: stack.enter_context(Process(name, way)) for way in (*OURS, *PEERS)}
+        ways = (OURS[0], PEERS[0]) if alone else (*OURS, *PEERS)
+        processes = {way: stack.enter_context(Process(name, way)) for way in ways}
         equal = compare(processes[OURS[0]], processes[PEERS[0]], n_pairs)
         print(f"{name}, float32: {pairs.spread(equal)} times the steps per second", flush=True)
+        if alone:
+            return {"float32": median(equal)}
         rates = rates_of(processes)
         mine, best = (min(ways, key=lambda way: rates[way]) for ways in (OURS, PEERS))
         each_best = compare(processes[mine], processes[best], n_pairs)
@@ -249,6 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--only", choices=["float32"], help="leave out each side's best")
     parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -256,7 +260,7 @@ def main() -> None:
         serve(SHAPES[name], Way(side, dtype, compiled == "1"))
         return
     for name in options.shapes:
-        result = measure(name, options.pairs)
+        result = measure(name, options.pairs, options.only is not None)
         print(json.dumps({"machine": pairs.machine(), "name": name, "shape": vars(SHAPES[name]), **result}), flush=True)
 
 
