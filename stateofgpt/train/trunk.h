@@ -59,7 +59,7 @@ static const float *NAME(gains_of)(const Shape *s, const Layer *layer, float *ro
    below V, its place is given back in place of -1, and nothing is done. */
 int64_t NAME(trunk)(const int64_t *sizes, const Layer *layers, const float *embedding, int64_t V, const int64_t *ids,
                     const float *cosines, const float *sines, const int64_t *positions, const int32_t *firsts,
-                 const int32_t *shared, int64_t keep, char *room, REAL *out, float eps, int threads) {
+                    const int32_t *shared, int64_t keep, char *room, REAL *out, float eps, int threads) {
     const Shape s = shape_of(sizes, eps, cosines, sines, positions, firsts, shared, (int64_t *)room);
     const int64_t N = s.B * s.T, C = s.C, size = of_matrices(&s), bad = unknown(ids, N, V);
     if (bad >= 0) return bad;
@@ -156,10 +156,10 @@ void NAME(trunk_backward)(const int64_t *sizes, const Layer *layers, const int64
    into losses [B T]. grads: as trunk_backward has them; of the head [V rounded up to 32, C] and of the last norm [C], as
    `head` has them; and of the embedding [V, C], or nothing where the head is the embedding. Gives back what `trunk` does,
    for targets too, which come after ids. */
-int64_t NAME(learn)(const int64_t *sizes, const Layer *layers, const float *embedding, const float *norm, const float *head,
-                 int64_t V, const float *cosines, const float *sines, float eps, float *grads, const int64_t *ids,
-                 const int64_t *targets, const float *weights, float divisor, const int32_t *firsts, float *losses,
-                 int threads) {
+int64_t NAME(learn)(const int64_t *sizes, const Layer *layers, const float *embedding, const float *norm,
+                    const float *head, int64_t V, const float *cosines, const float *sines, float eps, float *grads,
+                    const int64_t *ids, const int64_t *targets, const float *weights, float divisor,
+                    const int32_t *firsts, float *losses, int threads) {
     const Shape s = shape_of(sizes, eps, cosines, sines, NULL, firsts, NULL, NULL);
     const int64_t N = s.B * s.T, C = s.C, of_head = upto32(V) * C;
     float *own_head = grads + s.L * (of_matrices(&s) + 2 * C + (s.H + s.K) * s.D);
