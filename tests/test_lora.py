@@ -33,7 +33,6 @@ from stateofgpt.model.lora import (
     merged_state,
     switched_off,
     trainable_parameters,
-    trained_share,
     unmerge,
 )
 from stateofgpt.text.tokenizer import Tokenizer
@@ -181,13 +180,6 @@ def test_a_reward_models_head_is_trained_whole_and_the_rest_is_frozen() -> None:
         *(f"model.layers.{i}.self_attn.q_proj.lora_{x}.weight" for i in (0, 1) for x in "AB"),
     }
     assert "base_model.model.score.weight" in lora_state_dict(model)
-
-
-def test_the_share_of_what_is_trained_is_counted_by_hand() -> None:
-    model = adapt(some_model(), LoraConfig(r=2, target_modules=("down_proj",)))
-    trained = SHAPE.num_hidden_layers * 2 * (SHAPE.hidden_size + SHAPE.intermediate_size)
-    assert trained_share(model) == pytest.approx(trained / (some_model().n_params() + trained))
-    assert sum(p.numel() for p in trainable_parameters(model).values()) == trained
 
 
 def test_a_dotted_name_means_one_layer() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -13,7 +12,6 @@ from stateofgpt.train.scaling import (
     HOFFMANN,
     KAPLAN,
     PUBLISHED,
-    effective_tokens,
     flops_per_token,
 )
 
@@ -53,30 +51,6 @@ def test_no_other_split_of_the_budget_is_better_than_the_optimum(law: object, fl
     losses = [chosen.loss(float(n), flops / (6 * float(n))) for n in sizes]
     assert best.loss <= min(losses) + 1e-12
     assert 6 * best.n_params * best.tokens == pytest.approx(flops)
-
-
-def test_repeating_data_pays_less_and_less() -> None:
-    assert effective_tokens(1e6, 1e6) == 1e6
-    assert effective_tokens(1e6, 3e5) == 3e5
-    four = effective_tokens(1e6, 4e6)
-    assert 0.9 * 4e6 < four < 4e6  # "up to about four epochs is nearly as good as fresh"
-    assert effective_tokens(1e6, 1e9) == pytest.approx(1e6 * (1 + 15.39), rel=1e-6)  # never more than this
-    values = [effective_tokens(1.0, epochs) for epochs in np.linspace(0.1, 50, 100)]
-    assert all(b > a for a, b in itertools.pairwise(values))
-
-
-def test_limited_data_ask_for_a_bigger_model_and_unlimited_data_for_the_usual_one() -> None:
-    flops = 1e15
-    plain = EPOCH.optimum(flops)
-    same = EPOCH.optimum_of_limited_data(flops, plain.tokens * 100)
-    assert same.n_params == pytest.approx(plain.n_params, rel=1e-3)
-    scarce = EPOCH.optimum_of_limited_data(flops, 2e6)
-    assert scarce.n_params > 1.5 * plain.n_params
-    grid = [
-        EPOCH.loss(float(n), effective_tokens(2e6, flops / (6 * float(n))))
-        for n in plain.n_params * np.logspace(-2, 4, 4001)
-    ]
-    assert scarce.loss == pytest.approx(min(grid), abs=1e-6)
 
 
 def test_flops_per_token_count_matrix_products() -> None:

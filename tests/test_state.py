@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from stateofgpt.errors import RunError
-from stateofgpt.train.state import TrainState, flatten, restore_rng, rng_state, unflatten
+from stateofgpt.train.state import TrainState
 
 SAVER = """
 import sys, torch
@@ -121,56 +118,3 @@ def test_a_full_disk_keeps_what_was_saved_before(tmp_path: Path, monkeypatch: py
     with pytest.raises(RunError, match="disk full"):
         state.save(2, tensors(2), {})
     assert folders(tmp_path) == ["step_1"]
-
-
-def test_an_optimizer_goes_through_flatten_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    def make() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
-        torch.manual_seed(0)
-        model = torch.nn.Linear(4, 3)
-        groups: list[dict[str, Any]] = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias]}]
-        return model, torch.optim.AdamW(groups, betas=(0.8, 0.95))
-
-    def train(model: torch.nn.Linear, optimizer: torch.optim.Optimizer, steps: range) -> None:
-        for step in steps:
-            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-
-    straight = make()
-    train(*straight, range(6))
-    model, optimizer = make()
-    train(model, optimizer, range(3))
-    stored, skeleton = flatten(optimizer.state_dict(), "optimizer")
-    weights = {f"model.{k}": v for k, v in model.state_dict().items()}
-    TrainState(tmp_path).save(3, {**stored, **weights}, {"opt": skeleton})
-    found = TrainState(tmp_path).latest()
-    assert found is not None
-    resumed, other = make()
-    resumed.load_state_dict({k: found[1][f"model.{k}"] for k in resumed.state_dict()})
-    other.load_state_dict(unflatten(found[2]["opt"], found[1]))
-    train(resumed, other, range(3, 6))
-    assert resumed.weight.equal(straight[0].weight) and resumed.bias.equal(straight[0].bias)
-
-
-def test_flatten_refuses_what_is_neither_tensor_nor_json() -> None:
-    with pytest.raises(TypeError, match=r"state\.a\.0 is a set"):
-        flatten({"a": [{1, 2}]})
-
-
-def test_the_random_generators_continue_where_they_were(tmp_path: Path) -> None:
-    torch.manual_seed(1), random.seed(2), np.random.seed(3)
-    random.gauss(0, 1), np.random.standard_normal()  # each leaves a second number waiting
-    stored, scalars = rng_state()
-    TrainState(tmp_path).save(1, stored, {"rng": scalars})
-
-    def draw() -> tuple[float, ...]:
-        python = (random.gauss(0, 1), random.random())
-        return (torch.rand(1).item(), *python, np.random.standard_normal(), np.random.rand())
-
-    expected = draw()
-    draw()
-    found = TrainState(tmp_path).latest()
-    assert found is not None
-    restore_rng(found[1], found[2]["rng"])
-    assert draw() == expected

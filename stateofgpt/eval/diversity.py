@@ -1,8 +1,7 @@
 """How varied a model's output is, and whether two paired sets of scores really differ.
 
-Owns next-token entropy, the "hundred invented names" measurements, and the paired tests (bootstrap, sign-flip
-permutation, exact McNemar). Pure functions over lists of strings and floats: knows nothing about models, prompts or
-files. A name is compared without case and without surrounding space.
+Owns the "hundred invented names" measurements, and a paired test by flips of signs. Pure functions over lists of strings
+and floats: knows nothing about models, prompts or files. A name is compared without case and without surrounding space.
 """
 
 from __future__ import annotations
@@ -10,35 +9,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 FOLDS = 5  # held-out folds that choose the plausibility threshold
 PLAUSIBLE_QUANTILE = 0.05  # a name is plausible if it is no odder than all but the oddest 5 % of real, unseen names
-
-
-# --- entropy -----------------------------------------------------------------------------------------------------
-
-
-def entropy(probabilities: ArrayLike) -> Floats:
-    """Shannon entropy in nats of each distribution along the last axis: [..., V] -> [...]. Zeros count as zero."""
-    p = np.asarray(probabilities, dtype=np.float64)
-    if p.shape[-1] == 0 or (p < 0).any() or not np.allclose(p.sum(-1), 1.0, atol=1e-3):
-        raise ValueError("each distribution must be non-negative and sum to 1")
-    logs = np.log(p, out=np.zeros_like(p), where=p > 0)
-    return np.asarray(-(p * logs).sum(-1), dtype=np.float64)
-
-
-def mean_entropy(distributions: Iterable[ArrayLike]) -> float:
-    """Mean entropy, nats per token, over next-token distributions (each [V] or [T, V])."""
-    values = [np.atleast_1d(entropy(d)) for d in distributions]
-    if not values:
-        raise ValueError("mean entropy needs at least one distribution")
-    return float(np.concatenate(values).mean())
 
 
 # --- names -------------------------------------------------------------------------------------------------------
@@ -161,36 +139,10 @@ def measure_names(names: Sequence[str], training_names: Iterable[str]) -> dict[s
 # --- paired tests ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Mean of a - b over paired items, with a 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
 def _paired(a: Sequence[float], b: Sequence[float]) -> Floats:
     if len(a) != len(b) or not len(a):
         raise ValueError(f"paired scores need the same items on both sides, got {len(a)} and {len(b)}")
     return np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-
-
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], *, resamples: int = 10_000, seed: int = 0, level: float = 0.95
-) -> Difference:
-    """Percentile bootstrap of the mean difference a - b, resampling items."""
-    d = _paired(a, b)
-    rng = np.random.default_rng(seed)
-    chunk = max(1, 2_000_000 // len(d))
-    means = np.concatenate(
-        [
-            d[rng.integers(len(d), size=(min(chunk, resamples - done), len(d)))].mean(1)
-            for done in range(0, resamples, chunk)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(float(d.mean()), float(low), float(high))
 
 
 def sign_flip_test(a: Sequence[float], b: Sequence[float], *, permutations: int = 20_000, seed: int = 0) -> float:
@@ -215,19 +167,3 @@ def sign_flip_test(a: Sequence[float], b: Sequence[float], *, permutations: int 
         flips = rng.integers(0, 2, size=(size, len(d)), dtype=np.int8) * np.int8(2) - np.int8(1)
         extreme += int((np.abs(flips @ d) >= observed).sum())
     return (extreme + 1) / (permutations + 1)
-
-
-def mcnemar(a_right: Sequence[bool], b_right: Sequence[bool]) -> float:
-    """Exact two-sided McNemar p-value: do a and b, right or wrong on the same items, differ in accuracy?
-
-    Only items on which they disagree tell; under the null hypothesis each is a fair coin.
-
-    >>> mcnemar([True] * 8 + [False] * 2, [False] * 10)
-    0.0078125
-    """
-    if len(a_right) != len(b_right):
-        raise ValueError(f"paired answers need the same items on both sides, got {len(a_right)} and {len(b_right)}")
-    only_a = sum(bool(a) and not b for a, b in zip(a_right, b_right, strict=True))
-    only_b = sum(bool(b) and not a for a, b in zip(a_right, b_right, strict=True))
-    n, k = only_a + only_b, min(only_a, only_b)
-    return min(1.0, float(2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n))

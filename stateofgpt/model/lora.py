@@ -176,11 +176,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def trained_share(model: nn.Module) -> float:
-    """Numbers that learn, as a share of all numbers of the model, adapters included."""
-    return sum(p.numel() for p in trainable_parameters(model).values()) / sum(p.numel() for p in model.parameters())
-
-
 def is_factor(name: str) -> bool:
     """Whether a parameter of this name is an A or a B."""
     return name.endswith((".lora_A.weight", ".lora_B.weight"))

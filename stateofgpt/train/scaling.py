@@ -15,12 +15,10 @@ without the embeddings).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
-
-REPETITION_DECAY = 15.39  # R*_D of Muennighoff et al. (arXiv 2305.16264), equation 5
 
 
 @dataclass(frozen=True)
@@ -65,22 +63,6 @@ class ChinchillaLaw:
         """The tokens for which `n_params` are the optimum: where a A / N^a = b B / D^b."""
         _require_positive(n_params=n_params)
         return float((self.b * self.b_scale * n_params**self.a / (self.a * self.a_scale)) ** (1 / self.b))
-
-    def optimum_of_limited_data(self, flops: float, unique_tokens: float) -> Optimum:
-        """The best split of `flops` when only `unique_tokens` exist and further epochs count as `effective_tokens`.
-
-        Golden-section search over log N; `tokens` of the answer are the tokens to process, repetitions included.
-        Small data ask for a bigger model than the plain optimum, since more epochs on it soon stop paying.
-        """
-        _require_positive(flops=flops, unique_tokens=unique_tokens)
-
-        def loss_at(log_n: float) -> float:
-            n_params = math.exp(log_n)
-            return self.loss(n_params, effective_tokens(unique_tokens, flops / (6 * n_params)))
-
-        start = math.log(self.optimum(flops).n_params)
-        log_n = _golden_section(loss_at, start - 3.0, start + 12.0)
-        return Optimum(math.exp(log_n), flops / (6 * math.exp(log_n)), loss_at(log_n))
 
 
 @dataclass(frozen=True)
@@ -149,18 +131,6 @@ PUBLISHED: Mapping[str, PublishedModel] = MappingProxyType(
 )
 
 
-def effective_tokens(unique_tokens: float, tokens: float) -> float:
-    """What `tokens` drawn from `unique_tokens` are worth in fresh ones: U (1 + R* (1 - exp(-R / R*))).
-
-    R = epochs - 1 (arXiv 2305.16264, equation 5). Up to about four epochs a repeated token is nearly a fresh one.
-    """
-    _require_positive(unique_tokens=unique_tokens, tokens=tokens)
-    if tokens <= unique_tokens:
-        return tokens
-    repetitions = tokens / unique_tokens - 1
-    return unique_tokens * (1 + REPETITION_DECAY * -math.expm1(-repetitions / REPETITION_DECAY))
-
-
 def flops_per_token(n_params: float, *, n_layer: int = 0, d_attention: int = 0, context: int = 0) -> float:
     """Training FLOPs (forward and backward) for one token: 6 N + 6 n_layer context d_attention.
 
@@ -176,20 +146,3 @@ def _require_positive(**values: float) -> None:
     for name, value in values.items():
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be a positive finite number, got {value}")
-
-
-def _golden_section(f: Callable[[float], float], low: float, high: float, tolerance: float = 1e-6) -> float:
-    """The argument of the minimum of a function with one minimum in [low, high]."""
-    ratio = (math.sqrt(5) - 1) / 2
-    left, right = high - ratio * (high - low), low + ratio * (high - low)
-    f_left, f_right = f(left), f(right)
-    while high - low > tolerance:
-        if f_left <= f_right:
-            high, right, f_right = right, left, f_left
-            left = high - ratio * (high - low)
-            f_left = f(left)
-        else:
-            low, left, f_left = left, right, f_right
-            right = low + ratio * (high - low)
-            f_right = f(right)
-    return (low + high) / 2
