@@ -1,7 +1,8 @@
 """How varied a model's output is, and whether two paired sets of scores really differ.
 
-Owns the "hundred invented names" measurements, and a paired test by flips of signs. Pure functions over lists of strings
-and floats: knows nothing about models, prompts or files. A name is compared without case and without surrounding space.
+Owns the "hundred invented names" measurements, and a paired test by flips of signs. Pure functions over lists of
+strings and floats: knows nothing about models, prompts or files. A name is compared without case and without
+surrounding space.
 """
 
 from __future__ import annotations
