@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import conftest
 import numpy as np
@@ -80,12 +81,12 @@ def test_the_longest_files_come_first_and_the_others_stay_in_order(monkeypatch: 
             self.path = HERE / name
 
     names = ["test_a.py", "test_from_model.py", "test_b.py", "test_resume.py", "test_a.py"]
-    items = [Item(name) for name in names]
+    items = cast(list[pytest.Item], [Item(name) for name in names])
     monkeypatch.setattr(conftest, "WORKER", False)
-    conftest.pytest_collection_modifyitems(items)  # type: ignore[arg-type]
+    conftest.pytest_collection_modifyitems(items)
     assert [item.path.name for item in items] == names
     monkeypatch.setattr(conftest, "WORKER", True)
-    conftest.pytest_collection_modifyitems(items)  # type: ignore[arg-type]
+    conftest.pytest_collection_modifyitems(items)
     assert [item.path.name for item in items] == [
         "test_resume.py",
         "test_from_model.py",

@@ -26,6 +26,7 @@ from stateofgpt.train import tiled
 from stateofgpt.train.attention import BLOCK, Queries, attend, attend_backward
 from stateofgpt.train.branches import Branches
 from stateofgpt.train.kernels import Kernels, Tables
+from stateofgpt.train.tiles import Weights
 
 LOGITS = 1 << 21  # logits held at a time, or those of as many rows as the next line says, if these are more
 HEAD_ROWS = 512  # fewer rows at once spend more on adding up the head's gradient than on making it
@@ -97,9 +98,9 @@ def narrow(kernels: Kernels, model: GPT, dtype: torch.dtype) -> tiled.Narrow | N
     tensors = [tensor for layer in layers for tensor in _tensors(layer, c)]
     if not all(tensor is None or tensor.is_leaf for tensor in tensors):
         return None
-    tables, rest = _tables(trunk, c, LONGEST), (trunk.norm.weight, model.lm_head.weight)
-    sizes = _sizes(c, len(layers))
-    return tiled.Narrow(kernels, trunk.embed_tokens.weight, tensors, *rest, tables, sizes, dtype, c.rms_norm_eps)
+    ends = (trunk.embed_tokens.weight, tensors, trunk.norm.weight, model.lm_head.weight)
+    whole = Weights(*ends, _tables(trunk, c, LONGEST), _sizes(c, len(layers)), c.rms_norm_eps)
+    return tiled.Narrow(kernels, whole, dtype)
 
 
 def fused_hidden(

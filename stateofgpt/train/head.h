@@ -181,7 +181,7 @@ void NAME(head)(const REAL *x, const float *norm, const float *w, const int64_t 
     const int64_t width = upto32(V), together = V * C < SMALL ? 128 : ROWS, most = least(together, (N + 7) / 8 * 8);
     const int64_t size = sizeof(REAL) * width * C;
     REAL *h = room_for(sizeof(REAL) * most * C);
-    word *across = room_for(size), *beside = dx ? room_for(PAIR == 1 ? threads * BLOCK * C * sizeof(word) : size) : NULL;
+    word *across = room_for(size), *beside = dx ? room_for(PAIR == 1 ? threads * BLOCK * C * (int64_t)sizeof(word) : size) : NULL;
     word *kept = dx ? room_for(sizeof(REAL) * most * width) : NULL;
     float *numbers = room_for(sizeof(float) * (3 * (threads + 1) * ROWS + threads * (dx ? most + 1 : 1) * C));
     float *of_norm = numbers + 3 * (threads + 1) * ROWS;
@@ -195,7 +195,8 @@ void NAME(head)(const REAL *x, const float *norm, const float *w, const int64_t 
         int64_t first, last, from, to;
         const int64_t me = share(width / 32, &first, &last), n = (last - first) * 32, all = omp_get_num_threads();
         first *= 32;
-        NAME(Part) s = {C, first, 0, 0, across + first * (C / PAIR), dx ? beside + (PAIR == 1 ? me * BLOCK * C : first * (C / PAIR)) : NULL, h,
+        word *own_beside = dx ? beside + (PAIR == 1 ? me * BLOCK * C : first * (C / PAIR)) : NULL;
+        NAME(Part) s = {C, first, 0, 0, across + first * (C / PAIR), own_beside, h,
                         t.reference + me * ROWS, dx ? t.dx + me * most * C : NULL, room_for(sizeof(lanes) * most), NULL};
         float *own = me ? of_norm + (me - 1) * C : grads + width * C;
         memset(nothing, 0, sizeof(REAL) * C);
@@ -232,7 +233,8 @@ void NAME(head)(const REAL *x, const float *norm, const float *w, const int64_t 
                 NAME(gather)(&s, &t, t.factor + me * ROWS, aims, rows, n, scaled, grads + first * C);
                 for (int64_t i = from; i < to; i++) {
                     NAME(whole)(&t, i, all, most, w + aims[i] * C, C, wide, row);
-                    NAME(norm_row_backward)(row, x + (start + i) * C, norm, t.rstd[i], nothing, dx + (start + i) * C, own, C);
+                    NAME(norm_row_backward)(row, x + (start + i) * C, norm, t.rstd[i], nothing, dx + (start + i) * C,
+                                            own, C);
                 }
             }
 #pragma omp barrier

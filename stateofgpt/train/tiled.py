@@ -5,13 +5,12 @@ Weights come in float32 and are rounded there; their gradients are summed and gi
 
 Why: at widths of 64 or 128 each of torch's products writes to memory what the next pass reads from there again, and
 its inner dimension is too short for its tiles; and what Python and autograd do between calls is done on one core, while
-the others wait. Here a step is three calls (`docs/decisions/0033-products-of-our-own.md`).
+the others wait. Here a step is three calls (`docs/decisions/0034-a-step-in-one-call.md`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from stateofgpt.model.gpt import GPTConfig
 from stateofgpt.train.kernels import Kernels
-from stateofgpt.train.tiles import OF_LAYER, Rows
+from stateofgpt.train.tiles import OF_LAYER, Rows, Weights
 
 NARROW = 256  # hidden numbers of models that always go this way
 WIDEST = 768  # as far as it was measured: three layers of 768 gain 4 % in bfloat16 and 14 % in float32
@@ -125,35 +124,22 @@ class TiledHead(torch.autograd.Function):
 
 class Narrow:
     """A model's step without autograd, whose bookkeeping would take a tenth of it: where tensors and their gradients
-    lie is looked up once. For a model that keeps its parameters: no weight may be replaced, or become an adapter's.
+    lie is looked up once. For a model that keeps its parameters: no weight may be replaced, or become an adapter's, and
+    what learns goes on learning."""
 
-    `layers` are the `OF_LAYER` tensors of each layer; `sizes` are those of `Rows` after B and T.
-    """
-
-    def __init__(
-        self,
-        kernels: Kernels,
-        embedding: Tensor,
-        layers: Sequence[Tensor | None],
-        norm: Tensor,
-        head: Tensor,
-        tables: tuple[Tensor, Tensor],
-        sizes: tuple[int, ...],
-        dtype: torch.dtype,
-        eps: float,
-    ) -> None:
-        self._sizes, self._tied, self._vocab = sizes, head is embedding, head.shape[0]
-        self._tensors = [*layers, norm, head, *(() if self._tied else (embedding,))]
-        self._learn = kernels.learn(embedding, layers, norm, head, tables, sizes, dtype, eps)
+    def __init__(self, kernels: Kernels, model: Weights, dtype: torch.dtype) -> None:
+        self._model, self._learn = model, kernels.learn(model, dtype)
         self._grads = torch.empty(sum(self._learn.parts))
         self._own = self._named(self._grads)
 
     def _named(self, grads: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Parameters that learn, and their parts of `grads`."""
+        model = self._model
         of_layers, of_head, of_norm, *of_embedding = grads.split(self._learn.parts)
-        of_head = of_head.view(-1, of_norm.numel())[: self._vocab]
-        parts = [*_apart(of_layers, self._sizes), of_norm, of_head, *(x.view_as(of_head) for x in of_embedding)]
-        pairs = zip(self._tensors, parts, strict=True)
+        of_head = of_head.view(-1, of_norm.numel())[: model.head.shape[0]]
+        parts = [*_apart(of_layers, model.sizes), of_norm, of_head, *(x.view_as(of_head) for x in of_embedding)]
+        tensors = [*model.layers, model.norm, model.head, *(() if model.tied else (model.embedding,))]
+        pairs = zip(tensors, parts, strict=True)
         return [(tensor, part) for tensor, part in pairs if tensor is not None and tensor.requires_grad]
 
     @torch.no_grad()

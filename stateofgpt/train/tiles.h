@@ -270,7 +270,8 @@ static void NAME(attend_backward)(const Shape *s, const NAME(Kept) *kept, const 
                 if (shared) NAME(multiply)(ds, width, rows, keys, to, APART(to, all), D, shared / PAIR, NULL, to_q, D);
                 NAME(multiply)(ds + shared, width, rows, keys + seen.from / PAIR * to, to, APART(to, all), D,
                                (least(seen.end, T) - seen.from + PAIR - 1) / PAIR, shared ? to_q : NULL, to_q, D);
-                const word *a = NAME(down_left)(ds, width, rows, width, left, &tl), *w = NAME(down)(q, D, rows, D, right, &tr);
+                const word *a = NAME(down_left)(ds, width, rows, width, left, &tl);
+                const word *w = NAME(down)(q, D, rows, D, right, &tr);
                 const int64_t past = shared / 32 * APART(tl, words);
                 NAME(accumulate)(a, tl, shared, w, tr, D, words, dkeys);
                 NAME(accumulate)(a + past, tl, own, w, tr, D, words, dkeys + seen.from * D);

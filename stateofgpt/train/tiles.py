@@ -40,6 +40,24 @@ class Rows:
         return (ctypes.c_int64 * len(self.sizes))(*self.sizes), (*self.tables, self.firsts, self.shared)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """A decoder whose tensors stay where they are: `layers` are the `OF_LAYER` tensors of each layer, `tables` cosines
+    and sines, `sizes` those of `Rows` after B and T."""
+
+    embedding: Tensor
+    layers: Sequence[Tensor | None]
+    norm: Tensor
+    head: Tensor
+    tables: tuple[Tensor, Tensor]
+    sizes: tuple[int, ...]
+    eps: float
+
+    @property
+    def tied(self) -> bool:
+        return self.head is self.embedding
+
+
 class Calls:
     """A loaded library, and how its functions are called."""
 
@@ -110,26 +128,16 @@ class Tiles(Calls):
         (n, c), vocab = x.shape, weight.shape[0]
         losses, dx, sums = torch.empty(n), None, None
         if wanted:
-            dx, sums = torch.empty_like(x), torch.empty(-(-vocab // 32) * 32 * c + c)
+            dx, sums = torch.empty_like(x), torch.empty(_rounded(vocab) * c + c)
         name = f"head_{SUFFIX[x.dtype]}"
         self._call(name, x, norm, weight, targets, weights, losses, dx, sums, n, c, vocab, float(eps))
         if dx is None or sums is None:
             return (losses,)
         return losses, dx, sums[: vocab * c].view(vocab, c), sums[-c:]
 
-    def learn(
-        self,
-        embedding: Tensor,
-        layers: Sequence[Tensor | None],
-        norm: Tensor,
-        head: Tensor,
-        tables: tuple[Tensor, Tensor],
-        sizes: tuple[int, ...],
-        dtype: torch.dtype,
-        eps: float,
-    ) -> Learn:
-        """`Learn` of a whole model; `sizes` as in `Rows`, after B and T."""
-        return Learn(self._ask, f"learn_{SUFFIX[dtype]}", embedding, layers, norm, head, tables, sizes, eps)
+    def learn(self, model: Weights, dtype: torch.dtype) -> Learn:
+        """`Learn` of a whole model."""
+        return Learn(self._ask, f"learn_{SUFFIX[dtype]}", model)
 
     def polar_(self, update: Tensor, steps: Sequence[Sequence[float]]) -> Tensor:
         """Muon's iteration with the coefficients `steps`, on matrices [n, rows, columns] in bfloat16, in place."""
@@ -142,23 +150,13 @@ class Learn:
     """`learn` of `trunk.h` for one model, whose tensors stay where they are; `parts` are the sizes of the gradients of
     layers, head, last norm, and of the embedding where it is not the head."""
 
-    def __init__(
-        self,
-        ask: Callable[..., int],
-        name: str,
-        embedding: Tensor,
-        layers: Sequence[Tensor | None],
-        norm: Tensor,
-        head: Tensor,
-        tables: tuple[Tensor, Tensor],
-        sizes: tuple[int, ...],
-        eps: float,
-    ) -> None:
-        vocab, width = head.shape
-        self.parts = [_of_layers(sizes), -(-vocab // 32) * 32 * width, width]
-        self.parts += [] if head is embedding else [vocab * width]
-        self._ask, self._name, self._sizes, self._vocab = ask, name, sizes, vocab
-        self._model = (_addresses(layers), embedding, norm, head, vocab, *tables, float(eps))
+    def __init__(self, ask: Callable[..., int], name: str, model: Weights) -> None:
+        vocab, width = model.head.shape
+        self.parts = [_of_layers(model.sizes), _rounded(vocab) * width, width]
+        self.parts += [] if model.tied else [vocab * width]
+        self._ask, self._name, self._sizes, self._vocab = ask, name, model.sizes, vocab
+        told = (model.embedding, model.norm, model.head, vocab, *model.tables, float(model.eps))
+        self._model = (_addresses(model.layers), *told)
 
     def __call__(
         self, grads: Tensor, ids: Tensor, targets: Tensor, weights: Tensor, firsts: Tensor | None, divisor: float
@@ -166,7 +164,8 @@ class Learn:
         """Losses [B T] over `divisor`; their gradients go to `grads`. `ids`, `targets`, `weights` [B, T]."""
         losses, sizes = torch.empty(ids.numel()), (ctypes.c_int64 * 8)(*ids.shape, *self._sizes)
         asked = [x.contiguous() for x in (ids, targets, weights)]
-        bad = self._ask(self._name, sizes, *self._model, grads, *asked, float(divisor), firsts, losses)
+        seen = None if firsts is None else firsts.contiguous()
+        bad = self._ask(self._name, sizes, *self._model, grads, *asked, float(divisor), seen, losses)
         _known(bad, torch.stack(asked[:2]) if bad >= 0 else ids, self._vocab)
         return losses
 
@@ -175,6 +174,11 @@ def _known(bad: int, ids: Tensor, vocab: int) -> None:
     """Raise ModelError where the id at `bad` is none of the vocabulary's."""
     if bad >= 0:
         raise ModelError(f"token {ids.flatten()[bad].item()} of a batch is not in the model's vocabulary of {vocab}")
+
+
+def _rounded(vocab: int) -> int:
+    """Rows of the gradient of a head."""
+    return -(-vocab // 32) * 32
 
 
 def _of_layers(sizes: tuple[int, ...]) -> int:
