@@ -105,7 +105,7 @@ static void NAME(weights_of)(const float *w, int64_t n, int64_t valid, int64_t C
             NAME(columns)(rounded, C, 32, C, beside + block * (C / PAIR) + (from - block) / PAIR * 32,
                           least(BLOCK, n - block) / PAIR);
     }
-    free(rounded);
+    give_back(rounded);
 }
 
 static void NAME(one_beside)(const float *w, int64_t n, int64_t valid, int64_t C, word *beside) {
@@ -240,13 +240,13 @@ void NAME(head)(const REAL *x, const float *norm, const float *w, const int64_t 
 #pragma omp barrier
         }
         if (dx) add_up(grads + width * C, of_norm, C);
-        free(s.sums);
-        free(wide);
-        free(out);
+        give_back(s.sums);
+        give_back(wide);
+        give_back(out);
     }
-    free(numbers);
-    free(kept);
-    free(beside);
-    free(across);
-    free(h);
+    give_back(numbers);
+    give_back(kept);
+    give_back(beside);
+    give_back(across);
+    give_back(h);
 }

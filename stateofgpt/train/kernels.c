@@ -132,7 +132,20 @@ static inline void in_pairs(const uint16_t *x, const uint16_t *y, word *out) {
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t upto32(int64_t n) { return (n + 31) / 32 * 32; }
-static void *room_for(int64_t bytes) { return aligned_alloc(64, (size_t)(bytes + 64) / 64 * 64); }
+
+/* Memory that begins at a multiple of 64. Not aligned_alloc's: that of glibc hands out what lies before such a place, and
+   once somebody has it what is given back is too small for the next call, which then takes as much again. */
+static void *room_for(int64_t bytes) {
+    char *all = malloc((size_t)bytes + 64);
+    if (!all) abort();
+    void **room = (void **)(all + 64 - (uintptr_t)all % 64);
+    room[-1] = all;
+    return room;
+}
+
+static void give_back(void *room) {
+    if (room) free(((void **)room)[-1]);
+}
 
 /* The address *at, after which `bytes` are taken. */
 static uintptr_t take(uintptr_t *at, int64_t bytes) {
@@ -390,8 +403,8 @@ void polar(bfloat16 *matrices, int64_t count, int64_t rows, int64_t columns, con
             for (int64_t i = 0; i < r; i++)
                 for (int64_t j = 0; j < c; j++) own[i * down + j * on] = to_bfloat16(from_bfloat16(x[i * c + j]) * factor);
         }
-        free(room);
-        free(x < y ? x : y);
+        give_back(room);
+        give_back(x < y ? x : y);
     }
 }
 #endif

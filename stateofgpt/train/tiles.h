@@ -106,7 +106,7 @@ static void NAME(enter)(const Shape *s, const float *norm, const float *gains, c
                            kept->k + own, kept->v + own, T * D, kept->rstd_qk + n * (H + K), H, K, D, s->eps);
         }
     }
-    free(h);
+    give_back(h);
 }
 
 /* The way back, from dq, dk, dv and what reaches x past the block (`residual`) to dx. Added to `own`: of the weights of
@@ -136,8 +136,8 @@ static void NAME(enter_backward)(const Shape *s, const float *norm, const float 
             NAME(norm_row_backward)(dh + (n - from) * C, kept->x + n * C, norm, kept->rstd[n], residual + n * C,
                                     dx + n * C, own + W * C, C);
     }
-    free(left);
-    free(h);
+    give_back(left);
+    give_back(h);
 }
 
 /* Out of a block: y times the output's weights plus x is `middle`; that normalised, times those of gate and up, is
@@ -157,7 +157,7 @@ static void NAME(leave)(const Shape *s, const float *norm, const NAME(Words) *w,
         for (int64_t i = 0; i < rows; i++) NAME(swiglu_lanes)(both + 2 * i * I, hidden + i * I, I);
         NAME(multiply)(hidden, I, rows, w->down, 32, I / PAIR * 32, C, I / PAIR, mid, out + from * C, C);
     }
-    free(h);
+    give_back(h);
 }
 
 /* The way back: from dout [N, C] to dmiddle [N, C], which reaches x past the attention too, and dy [N, A]. Added to
@@ -194,8 +194,8 @@ static void NAME(leave_backward)(const Shape *s, const float *norm, const NAME(W
         NAME(accumulate)(a, tl, C, b, tr, A, words, own);
         NAME(multiply_down)(dmid, rows, w->o, C, A, dy + from * A);
     }
-    free(left);
-    free(h);
+    give_back(left);
+    give_back(h);
 }
 
 /* Causal attention of this thread's heads: y, and the probabilities of 32 queries after the other, each such block as
@@ -235,8 +235,8 @@ static void NAME(attend)(const Shape *s, const NAME(Kept) *kept) {
                 p += rows * width;
             }
     }
-    free(e);
-    free(keys);
+    give_back(e);
+    give_back(keys);
 }
 
 /* Gradients of q, k and v from dy [B T, H D]. */
@@ -283,7 +283,7 @@ static void NAME(attend_backward)(const Shape *s, const NAME(Kept) *kept, const 
         for (int64_t j = 0; j < T * D; j++) dk[i * T * D + j] = STORE(dkeys[j]);
         for (int64_t j = 0; j < T * D; j++) dv[i * T * D + j] = STORE(dvalues[j]);
     }
-    free(dkeys);
-    free(ds);
-    free(values);
+    give_back(dkeys);
+    give_back(ds);
+    give_back(values);
 }

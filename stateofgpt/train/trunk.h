@@ -44,7 +44,7 @@ void NAME(trunk_bytes)(const int64_t *sizes, const int32_t *firsts, const int32_
     count_probabilities(&s);
     NAME(kept_at)(&s, 0, keep, 0, &end);
     *bytes = (int64_t)end;
-    free(rows);
+    give_back(rows);
 }
 
 /* A layer's gains of all heads [H + K, D], or null where it has none. */
@@ -89,9 +89,9 @@ int64_t NAME(trunk)(const int64_t *sizes, const Layer *layers, const float *embe
             NAME(leave)(&s, layers[l].norm_mlp, &words, &kept,
                         l + 1 < s.L ? NAME(kept_at)(&s, (uintptr_t)room, keep, l + 1, &end).x : out);
         }
-        free(gains);
+        give_back(gains);
     }
-    free(panels);
+    give_back(panels);
     return -1;
 }
 
@@ -144,12 +144,12 @@ void NAME(trunk_backward)(const int64_t *sizes, const Layer *layers, const int64
                 float *to = grads + l * of_layer + of_gains + (h < s.H ? 0 : s.H) * s.D;
                 for (int64_t j = 0; j < s.D && h != s.H; j++) to[j] += grads[l * of_layer + of_gains + h * s.D + j];
             }
-        free(gains);
-        free(words);
+        give_back(gains);
+        give_back(words);
     }
-    free(dx);
-    free(others);
-    free(rooms);
+    give_back(dx);
+    give_back(others);
+    give_back(rooms);
 }
 
 /* A whole step's loss and gradients: ids [B, T] to the cross-entropy with `targets`, weighted by `weights` over `divisor`,
@@ -176,8 +176,8 @@ int64_t NAME(learn)(const int64_t *sizes, const Layer *layers, const float *embe
     NAME(head)(x, norm, head, targets, parts, losses, dx, own_head, N, C, V, eps, threads);
     if (head != embedding) memset(own_embedding, 0, sizeof(float) * V * C);
     NAME(trunk_backward)(sizes, layers, ids, cosines, sines, NULL, firsts, NULL, room, dx, grads, own_embedding, threads);
-    free(x);
-    free(room);
-    free(parts);
+    give_back(x);
+    give_back(room);
+    give_back(parts);
     return -1;
 }
