@@ -8,50 +8,13 @@
 
    Gradients of weights are summed in float, by each thread for its own tokens, the first in the result itself. */
 
-/* This thread's share of a matrix of weights [k, n] as words down its columns (all of them after a barrier). */
-static const word *NAME(down_shared)(const REAL *w, int64_t k, int64_t n, word *room) {
-    int64_t first, last;
-    if (FEW(n)) return (const word *)w;
-    share(n / 32, &first, &last);
-    NAME(columns)(w + first * 32, n, k, (last - first) * 32, room + first * 32 * (k / PAIR), k / PAIR);
-    return room;
-}
-
-/* out [m, n] = a [m, k] w [k, n], w as down_shared gives it. */
+/* out [m, n] = a [m, k] w [k, n], w as words down its columns. */
 static void NAME(multiply_down)(const REAL *a, int64_t m, const word *w, int64_t k, int64_t n, REAL *out) {
     const int64_t to = FEW(n) ? n : 32;
     NAME(multiply)(a, k, m, w, to, APART(to, k / PAIR), n, k / PAIR, NULL, out, n);
 }
 
-/* This thread's share of float weights w [n], rounded; where they go on. */
-static REAL *NAME(round_shared)(const float *w, int64_t n, REAL *out) {
-    int64_t first, last;
-    share(n, &first, &last);
-    for (int64_t i = first; i < last; i++) out[i] = STORE(w[i]);
-    return out + n;
-}
-
-/* This thread's share of the panels of w^T, w [n, k]. */
-static void NAME(panels_shared)(const REAL *w, int64_t n, int64_t k, word *out) {
-    int64_t first, last;
-    share((n + 31) / 32, &first, &last);
-    NAME(panels)(w, k, n, k, out, first, last);
-}
-
-/* This thread's share of a layer's matrices, rounded: those of q, k and v, output, gate and up, down, one after the
-   other, `of_matrices` numbers. */
-static void NAME(round_layer)(const Shape *s, const Layer *w, REAL *out) {
-    const int64_t C = s->C, of_q = s->H * s->D * C, of_k = s->K * s->D * C, of_gate = s->I * C;
-    out = NAME(round_shared)(w->q, of_q, out);
-    out = NAME(round_shared)(w->k, of_k, out);
-    out = NAME(round_shared)(w->v, of_k, out);
-    out = NAME(round_shared)(w->o, of_q, out);
-    out = NAME(round_shared)(w->gate, of_gate, out);
-    out = NAME(round_shared)(w->up, of_gate, out);
-    NAME(round_shared)(w->down, of_gate, out);
-}
-
-/* A layer's four products' weights as words, in the order of `round_layer`. */
+/* A layer's four products' weights as words, one after the other. */
 typedef struct {
     const word *qkv, *o, *gate_up, *down;
 } NAME(Words);
@@ -61,22 +24,34 @@ static NAME(Words) NAME(words_at)(const Shape *s, const word *at) {
     return (NAME(Words)){at, at + o, at + gate_up, at + gate_up + 2 * s->I * s->C / PAIR};
 }
 
-/* This thread's share of a layer's matrices, turned over, as panels: what the way forward multiplies by. */
-static void NAME(panels_of_layer)(const Shape *s, const REAL *rounded, word *out) {
-    const NAME(Words) from = NAME(words_at)(s, (const word *)rounded), to = NAME(words_at)(s, out);
-    NAME(panels_shared)((const REAL *)from.qkv, all_heads(s), s->C, (word *)to.qkv);
-    NAME(panels_shared)((const REAL *)from.o, s->C, s->H * s->D, (word *)to.o);
-    NAME(panels_shared)((const REAL *)from.gate_up, 2 * s->I, s->C, (word *)to.gate_up);
-    NAME(panels_shared)((const REAL *)from.down, s->C, s->I, (word *)to.down);
-}
-
-/* This thread's share of a layer's matrices as words down their columns: what the way back multiplies by. */
-static NAME(Words) NAME(down_of_layer)(const Shape *s, const REAL *rounded, word *room) {
-    const NAME(Words) from = NAME(words_at)(s, (const word *)rounded), to = NAME(words_at)(s, room);
-    return (NAME(Words)){NAME(down_shared)((const REAL *)from.qkv, all_heads(s), s->C, (word *)to.qkv),
-                         NAME(down_shared)((const REAL *)from.o, s->C, s->H * s->D, (word *)to.o),
-                         NAME(down_shared)((const REAL *)from.gate_up, 2 * s->I, s->C, (word *)to.gate_up),
-                         NAME(down_shared)((const REAL *)from.down, s->C, s->I, (word *)to.down)};
+/* This thread's share of the matrices of a layer, rounded, as `words_at` finds them: turned over, as panels, which the way
+   forward multiplies by; or as words `down` their columns, which the way back does. They are taken 32 rows at a time. */
+static void NAME(words_of_layer)(const Shape *s, const Layer *layer, int down, word *out) {
+    const int64_t C = s->C, A = s->H * s->D, of_k = s->K * s->D, I = s->I, W = all_heads(s);
+    const struct {
+        const float *w;
+        int64_t n, k, all; /* rows, columns, rows of all that are multiplied together */
+    } each[7] = {{layer->q, A, C, W},        {layer->k, of_k, C, W},   {layer->v, of_k, C, W}, {layer->o, C, A, C},
+                 {layer->gate, I, C, 2 * I}, {layer->up, I, C, 2 * I}, {layer->down, C, I, C}};
+    const int64_t threads = omp_get_num_threads();
+    REAL *room = room_for(sizeof(REAL) * 32 * (I > A ? (I > C ? I : C) : A > C ? A : C));
+    int64_t before = 0, turn = omp_get_thread_num(); /* rows of the same product before these; whose 32 rows they are */
+    for (int i = 0; i < 7; i++) {
+        const int64_t k = each[i].k, n = each[i].n, all = each[i].all;
+        for (int64_t r = 0; r < n; r += 32, turn++) {
+            if (turn % threads) continue;
+            const float *from = each[i].w + r * k;
+            if (PAIR == 2)
+                for (int64_t j = 0; j < 32 * k; j++) room[j] = STORE(from[j]);
+            const REAL *rows = PAIR == 2 ? room : (const REAL *)from;
+            if (!down) NAME(panels)(rows, k, 32, k, out + (before + r) * (k / PAIR), 0, 1);
+            else if (FEW(k)) memcpy(out + (before + r) * k, rows, sizeof(REAL) * 32 * k);
+            else NAME(columns)(rows, k, 32, k, out + (before + r) / PAIR * 32, all / PAIR);
+        }
+        before = before + n < all ? before + n : 0;
+        if (!before) out += all * k / PAIR;
+    }
+    give_back(room);
 }
 
 /* What one layer keeps for its way back: its input x [N, C] and 1 / rms of it, queries, keys and values before (qkv

@@ -2,21 +2,14 @@
    asked of anybody else, so that the threads of a team meet only where one needs what another has made. Pieces are those
    of `tiles.h`.
 
-   What the way back needs lies in `room`, `trunk_bytes` long: where rows begin among the probabilities, all matrices
-   rounded, the inputs of all layers, and what each layer keeps. Where nothing is kept, layers take turns in it. */
-
-/* The matrices of all layers, rounded, in `room`. */
-static REAL *NAME(rounded_at)(const Shape *s, uintptr_t room) {
-    take(&room, sizeof(int64_t) * 2 * s->B);
-    return (REAL *)room;
-}
+   What the way back needs lies in `room`, `trunk_bytes` long: where rows begin among the probabilities, the inputs of all
+   layers, and what each layer keeps. Where nothing is kept, layers take turns in it. */
 
 /* What one layer keeps, in `room`; `*end` is where the last layer's ends. */
 static NAME(Kept) NAME(kept_at)(const Shape *s, uintptr_t room, int64_t keep, int64_t layer, uintptr_t *end) {
     const int64_t N = s->B * s->T, A = s->H * s->D, x = sizeof(REAL) * N * s->C, heads = s->H + s->K;
     NAME(Kept) k;
     take(&room, sizeof(int64_t) * 2 * s->B);
-    take(&room, sizeof(REAL) * s->L * of_matrices(s));
     const uintptr_t xs = take(&room, (keep ? s->L : 2) * x), begin = room;
     k.x = (REAL *)(xs + (keep ? layer : layer % 2) * x);
     for (int64_t turn = 0; turn <= (keep ? layer : 0); turn++) {
@@ -63,7 +56,6 @@ int64_t NAME(trunk)(const int64_t *sizes, const Layer *layers, const float *embe
     const Shape s = shape_of(sizes, eps, cosines, sines, positions, firsts, shared, (int64_t *)room);
     const int64_t N = s.B * s.T, C = s.C, size = of_matrices(&s), bad = unknown(ids, N, V);
     if (bad >= 0) return bad;
-    REAL *rounded = NAME(rounded_at)(&s, (uintptr_t)room);
     word *panels = room_for(sizeof(REAL) * s.L * size);
     count_probabilities(&s);
 #pragma omp parallel num_threads(threads)
@@ -72,12 +64,10 @@ int64_t NAME(trunk)(const int64_t *sizes, const Layer *layers, const float *embe
         uintptr_t end;
         int64_t first, last;
         share((N + TOKENS - 1) / TOKENS, &first, &last);
-        for (int64_t l = 0; l < s.L; l++) NAME(round_layer)(&s, layers + l, rounded + l * size);
         REAL *x = s.L ? NAME(kept_at)(&s, (uintptr_t)room, keep, 0, &end).x : out;
         for (int64_t n = first * TOKENS; n < least(last * TOKENS, N); n++)
             for (int64_t j = 0; j < C; j++) x[n * C + j] = STORE(embedding[ids[n] * C + j]);
-#pragma omp barrier
-        for (int64_t l = 0; l < s.L; l++) NAME(panels_of_layer)(&s, rounded + l * size, panels + l * size / PAIR);
+        for (int64_t l = 0; l < s.L; l++) NAME(words_of_layer)(&s, layers + l, 0, panels + l * size / PAIR);
 #pragma omp barrier
         for (int64_t l = 0; l < s.L; l++) {
             const NAME(Kept) kept = NAME(kept_at)(&s, (uintptr_t)room, keep, l, &end);
@@ -104,31 +94,29 @@ void NAME(trunk_backward)(const int64_t *sizes, const Layer *layers, const int64
     const Shape s = shape_of(sizes, 0.0f, cosines, sines, positions, firsts, shared, (int64_t *)room);
     const int64_t N = s.B * s.T, C = s.C, A = s.H * s.D, size = of_matrices(&s), heads = s.H + s.K;
     const int64_t of_gains = all_heads(&s) * C + C, of_enter = of_gains + heads * s.D, of_layer = size + 2 * C + heads * s.D;
-    REAL *rounded = NAME(rounded_at)(&s, (uintptr_t)room);
-    word *rooms = room_for(sizeof(REAL) * s.L * size);
+    word *down = room_for(sizeof(REAL) * s.L * size);
     float *others = room_for(sizeof(float) * (threads - 1) * s.L * of_layer);
     REAL *dx = room_for(sizeof(REAL) * N * (2 * C + 2 * A + 2 * s.K * s.D)), *dmiddle = dx + N * C, *dy = dmiddle + N * C;
     REAL *dq = dy + N * A, *dk = dq + N * A, *dv = dk + N * s.K * s.D;
 #pragma omp parallel num_threads(threads)
     {
-        NAME(Words) *words = room_for(sizeof(NAME(Words)) * s.L);
         float *gains = room_for(sizeof(float) * heads * s.D);
         uintptr_t end;
         int64_t first, last;
         const int64_t me = share(N, &first, &last);
         float *own = me ? others + (me - 1) * s.L * of_layer : grads;
         memset(own, 0, sizeof(float) * s.L * of_layer);
-        for (int64_t l = 0; l < s.L; l++)
-            words[l] = NAME(down_of_layer)(&s, rounded + l * size, rooms + l * size / PAIR);
+        for (int64_t l = 0; l < s.L; l++) NAME(words_of_layer)(&s, layers + l, 1, down + l * size / PAIR);
 #pragma omp barrier
         for (int64_t l = s.L - 1; l >= 0; l--) {
             const NAME(Kept) kept = NAME(kept_at)(&s, (uintptr_t)room, 1, l, &end);
-            NAME(leave_backward)(&s, layers[l].norm_mlp, words + l, &kept, l + 1 < s.L ? dx : dout, dmiddle, dy,
+            const NAME(Words) words = NAME(words_at)(&s, down + l * size / PAIR);
+            NAME(leave_backward)(&s, layers[l].norm_mlp, &words, &kept, l + 1 < s.L ? dx : dout, dmiddle, dy,
                                  own + l * of_layer + of_enter);
 #pragma omp barrier
             NAME(attend_backward)(&s, &kept, dy, dq, dk, dv);
 #pragma omp barrier
-            NAME(enter_backward)(&s, layers[l].norm, NAME(gains_of)(&s, layers + l, gains), words[l].qkv, &kept, dq, dk,
+            NAME(enter_backward)(&s, layers[l].norm, NAME(gains_of)(&s, layers + l, gains), words.qkv, &kept, dq, dk,
                                  dv, dmiddle, dx, own + l * of_layer);
         }
         add_up(grads, others, s.L * of_layer);
@@ -145,11 +133,10 @@ void NAME(trunk_backward)(const int64_t *sizes, const Layer *layers, const int64
                 for (int64_t j = 0; j < s.D && h != s.H; j++) to[j] += grads[l * of_layer + of_gains + h * s.D + j];
             }
         give_back(gains);
-        give_back(words);
     }
     give_back(dx);
     give_back(others);
-    give_back(rooms);
+    give_back(down);
 }
 
 /* A whole step's loss and gradients: ids [B, T] to the cross-entropy with `targets`, weighted by `weights` over `divisor`,
