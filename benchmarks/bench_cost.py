@@ -22,6 +22,7 @@ from typing import get_args
 import pairs
 import torch
 
+from stateofgpt.model.form import USUAL
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.train.loop import LoopConfig, Trainer
 from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
@@ -44,16 +45,7 @@ class Point:
 def shape(point: Point) -> GPTConfig:
     """The decoder of a point."""
     width, layers, vocab = SHAPES[point.millions]
-    return GPTConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        head_dim=64,
-        intermediate_size=3 * width,
-        max_position_embeddings=point.context,
-    )
+    return USUAL.shape(width, layers, vocab, point.context)
 
 
 def operations(config: GPTConfig, rows: int, context: int) -> float:

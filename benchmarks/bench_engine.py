@@ -36,12 +36,14 @@ from typing import Any
 import http_load
 import pairs
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
+from twins import llama_of, stir
 
 from stateofgpt.infer.decoders import CachePrecision, Precision
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import load_model
-from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.model.form import Form
+from stateofgpt.model.gpt import GPT
 from stateofgpt.serve.loader import STEP_TOKENS
 
 Side = Callable[[], dict[str, Any]]
@@ -55,37 +57,10 @@ def models(options: argparse.Namespace) -> tuple[GPT, LlamaForCausalLM]:
     if options.model:
         peer = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
         return load_model(Path(options.model)).eval(), peer.eval()
-    config = GPTConfig(
-        arch="llama",
-        vocab_size=options.vocab,
-        hidden_size=options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 64,
-        num_key_value_heads=options.width // 64,
-        head_dim=64,
-        intermediate_size=3 * options.width,
-        max_position_embeddings=1024,
-    )
-    model = GPT(config)
+    model = GPT(Form(arch="llama").shape(options.width, options.layers, options.vocab, 1024))
     model.init_weights(torch.Generator().manual_seed(0))
-    with torch.no_grad():  # output projections start at zero, which would make every layer the identity
-        for name, p in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                p.normal_(std=p.shape[1] ** -0.5, generator=torch.Generator().manual_seed(1))
-    peer = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=True,
-        )
-    )
-    peer.load_state_dict(model.state_dict())
+    stir(model)
+    peer = llama_of(model)
     return model.eval(), peer.eval()
 
 

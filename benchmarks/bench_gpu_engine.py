@@ -31,6 +31,7 @@ from typing import Any
 
 import pairs
 import torch
+from twins import llama_of
 
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.device import wait
@@ -91,14 +92,8 @@ class Bench:
 
     def peer(self, model: GPT, dtype: torch.dtype) -> Any:
         """The same weights in `transformers`."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        c = model.config
-        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                 "head_dim", "intermediate_size", "max_position_embeddings", "rms_norm_eps")  # fmt: skip
         with self.device:
-            made = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **{name: getattr(c, name) for name in names}))
-        made.load_state_dict(model.state_dict())
+            made = llama_of(model)
         return made.to(dtype).eval()
 
     def ids(self, count: int, vocab: int, seed: int) -> list[int]:

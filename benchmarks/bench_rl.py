@@ -32,13 +32,15 @@ from typing import Any
 
 import pairs
 import torch
+from twins import stir
 
 from stateofgpt.assistant.session import Session, Turn
 from stateofgpt.data.skills import Problem, final_text
 from stateofgpt.infer.engine import Engine, SamplingParams
 from stateofgpt.model.checkpoint import load_model, save_checkpoint
 from stateofgpt.model.device import CPU, wait
-from stateofgpt.model.gpt import GPT, GPTConfig
+from stateofgpt.model.form import Form
+from stateofgpt.model.gpt import GPT
 from stateofgpt.rl.group import GroupConfig, GroupOptimization
 from stateofgpt.rl.optimization import UpdateConfig
 from stateofgpt.rl.rollout import policy_logprobs, rollouts_of
@@ -70,23 +72,10 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     """A checkpoint that both sides load."""
     words = (f"What is {i} + {i * i}? The answer is {i + i * i}. Say a word or two about it." for i in range(3000))
     tokenizer = Tokenizer.train(words, options.vocab)
-    config = GPTConfig(
-        vocab_size=-(-max(options.vocab, tokenizer.vocab_size) // 64) * 64,
-        hidden_size=options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 64,
-        num_key_value_heads=options.width // 64,
-        head_dim=64,
-        intermediate_size=3 * options.width,
-        max_position_embeddings=options.tokens + 64 + 2 * options.words,
-        tie_word_embeddings=not options.ends,
-    )
-    model = GPT(config)
+    vocab, longest = -(-max(options.vocab, tokenizer.vocab_size) // 64) * 64, options.tokens + 64 + 2 * options.words
+    model = GPT(Form(tied=not options.ends).shape(options.width, options.layers, vocab, longest))
     model.init_weights(torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(1)
-    for name, p in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):  # they begin at zero
-            torch.nn.init.normal_(p, std=0.02, generator=generator)
+    stir(model, 0.02)
     if options.ends:
         end_with(model, ChatFormat(tokenizer).end, options.ends)
     save_checkpoint(folder, model, tokenizer=tokenizer, stage="sft", run="bench", parents=[], metrics={})

@@ -26,8 +26,10 @@ from typing import Any, Self
 import pairs
 import torch
 from bench_cost import operations, peak
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+from twins import llama_of, stir
 
+from stateofgpt.model.form import Form
 from stateofgpt.model.gpt import GPT, GPTConfig
 from stateofgpt.train.loop import LoopConfig, Trainer
 from stateofgpt.train.loss import Batch, Dtype, LanguageModelLoss
@@ -72,43 +74,13 @@ PEERS = tuple(Way("transformers", dtype, compiled) for dtype in ("float32", "bfl
 
 def config_of(shape: Shape) -> GPTConfig:
     """The LLaMA shape that both sides have."""
-    return GPTConfig(
-        arch="llama",
-        vocab_size=shape.vocab,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.width // 64,
-        num_key_value_heads=shape.width // 64,
-        head_dim=64,
-        intermediate_size=3 * shape.width,
-        max_position_embeddings=shape.context,
-    )
+    return Form(arch="llama").shape(shape.width, shape.layers, shape.vocab, shape.context)
 
 
 def batch_of(shape: Shape) -> Batch:
     """Random tokens: the time does not depend on them."""
     ids = torch.randint(0, shape.vocab, (shape.rows, shape.context + 1), generator=torch.Generator().manual_seed(1))
     return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(shape.rows, shape.context))
-
-
-def theirs_of(config: GPTConfig, model: GPT) -> LlamaForCausalLM:
-    """The same model in transformers."""
-    made = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            tie_word_embeddings=True,
-            use_cache=False,
-        )
-    )
-    made.load_state_dict(model.state_dict())
-    return made
 
 
 def peer_loss(model: Any, batch: Batch, dtype: str) -> torch.Tensor:
@@ -143,10 +115,8 @@ def gate(config: GPTConfig, batch: Batch) -> None:
     """Same weights, same numbers: loss and every gradient."""
     mine = GPT(config)
     mine.init_weights(torch.Generator().manual_seed(0))
-    for name, p in mine.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            torch.nn.init.normal_(p, std=0.02)
-    theirs = theirs_of(config, mine)
+    stir(mine, 0.02)
+    theirs = llama_of(mine, use_cache=False)
     loss = LanguageModelLoss(fused=True)(mine, batch) / batch.weight
     expected = peer_loss(theirs, batch, "float32")
     loss.backward()
@@ -168,7 +138,7 @@ def step_of(shape: Shape, way: Way) -> Callable[[], None]:
     batch = batch_of(shape)
     if way.side == "ours":
         return our_step(start, batch, way.dtype)
-    return peer_step(theirs_of(start.config, start), batch, way.dtype, way.compiled)
+    return peer_step(llama_of(start, use_cache=False), batch, way.dtype, way.compiled)
 
 
 def serve(shape: Shape, way: Way) -> None:

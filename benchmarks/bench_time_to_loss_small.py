@@ -62,28 +62,14 @@ def main() -> None:
         for number in range(options.pairs):
             theirs = pairs.run("peers.py", {**PEER, "corpus": folder, "seed": number})
             mine = pairs.run("ours.py", {**OURS, "corpus": folder, "seed": number})
-            row = {
-                "peer_seconds": theirs["wall"],
-                "seconds": mine["wall"],
-                "ratio": theirs["wall"] / mine["wall"],
-                "peer_loss": theirs["val_loss"],
-                "loss": mine["val_loss"],
-                "peer_tokens": theirs["tokens"],
-                "tokens": mine["tokens"],
-                "peer_parameters": theirs["n_params"],
-                "parameters": mine["n_params"],
-                "as_good": mine["val_loss"] <= theirs["val_loss"],
-            }
+            row = pairs.compared(theirs, mine)
             rows.append(row)
             print(
                 f"pair {number + 1}: peer {row['peer_seconds']:.1f} s to {row['peer_loss']:.3f}, "
-                f"ours {row['seconds']:.1f} s to {row['loss']:.3f}: {row['ratio']:.2f} times as fast"
-                f"{'' if row['as_good'] else ', BUT NOT AS GOOD'}",
+                f"ours {row['seconds']:.1f} s to {row['loss']:.3f}: {pairs.told(row)}",
                 flush=True,
             )
-    print(
-        f"ratio {pairs.spread([r['ratio'] for r in rows])}, as good in {sum(r['as_good'] for r in rows)} of {len(rows)}"
-    )
+    print(pairs.summed_up(rows))
     median_ratio = median(r["ratio"] for r in rows)
     print(json.dumps({"machine": pairs.machine(), "text": options.text.name, "ratio": median_ratio, "pairs": rows}))
 

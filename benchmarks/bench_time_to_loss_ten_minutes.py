@@ -108,28 +108,16 @@ def main() -> None:
                 print(told, flush=True)
                 continue
             theirs = peer(folder, seconds, rate, seed, way)
-            row = {
-                "peer_seconds": theirs["wall"],
-                "seconds": mine["wall"],
-                "ratio": theirs["wall"] / mine["wall"],
-                "peer_bits_per_byte": bits * theirs["val_loss"],
-                "bits_per_byte": bits * mine["val_loss"],
-                "peer_tokens": theirs["tokens"],
-                "tokens": mine["tokens"],
-                "peer_parameters": theirs["n_params"],
-                "parameters": mine["n_params"],
-                "as_good": mine["val_loss"] <= theirs["val_loss"],
-            }
+            row = pairs.compared(theirs, mine)
+            row |= {"peer_bits_per_byte": bits * row["peer_loss"], "bits_per_byte": bits * row["loss"]}
             rows.append(row)
             print(
                 f"pair {seed}: peer {row['peer_seconds']:.0f} s to {row['peer_bits_per_byte']:.3f} bits per byte "
-                f"({row['peer_tokens'] / 1e6:.2f}M tokens), {told}: {row['ratio']:.2f} times as fast"
-                f"{'' if row['as_good'] else ', BUT NOT AS GOOD'}",
+                f"({row['peer_tokens'] / 1e6:.2f}M tokens), {told}: {pairs.told(row)}",
                 flush=True,
             )
     if rows:
-        good = sum(r["as_good"] for r in rows)
-        print(f"ratio {pairs.spread([r['ratio'] for r in rows])}, as good in {good} of {len(rows)}")
+        print(pairs.summed_up(rows))
         found = {"way": way, "rate": rate, "ratio": median(r["ratio"] for r in rows), "pairs": rows}
         print(json.dumps({"machine": pairs.machine(), "text": options.text.name, **found}))
 

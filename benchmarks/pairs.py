@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -40,6 +40,33 @@ def run(script: str, task: Mapping[str, Any]) -> dict[str, Any]:
             raise SystemExit(f"{script} failed:\n{done.stderr[-2000:]}")
         result: dict[str, Any] = json.loads(told.read_text())
     return {**result, "wall": wall}
+
+
+def compared(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
+    """A pair of runs to a loss, as a row of results."""
+    return {
+        "peer_seconds": theirs["wall"],
+        "seconds": mine["wall"],
+        "ratio": theirs["wall"] / mine["wall"],
+        "peer_loss": theirs["val_loss"],
+        "loss": mine["val_loss"],
+        "peer_tokens": theirs["tokens"],
+        "tokens": mine["tokens"],
+        "peer_parameters": theirs["n_params"],
+        "parameters": mine["n_params"],
+        "as_good": mine["val_loss"] <= theirs["val_loss"],
+    }
+
+
+def told(row: Mapping[str, Any]) -> str:
+    """How a pair went."""
+    return f"{row['ratio']:.2f} times as fast{'' if row['as_good'] else ', BUT NOT AS GOOD'}"
+
+
+def summed_up(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How all pairs went."""
+    good = sum(row["as_good"] for row in rows)
+    return f"ratio {spread([row['ratio'] for row in rows])}, as good in {good} of {len(rows)}"
 
 
 def machine() -> dict[str, Any]:
