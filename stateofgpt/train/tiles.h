@@ -34,8 +34,8 @@ static void NAME(words_of_layer)(const Shape *s, const Layer *layer, int down, w
     } each[7] = {{layer->q, A, C, W},        {layer->k, of_k, C, W},   {layer->v, of_k, C, W}, {layer->o, C, A, C},
                  {layer->gate, I, C, 2 * I}, {layer->up, I, C, 2 * I}, {layer->down, C, I, C}};
     const int64_t threads = omp_get_num_threads();
-    REAL *room = room_for(sizeof(REAL) * 32 * (I > A ? (I > C ? I : C) : A > C ? A : C));
-    int64_t before = 0, turn = omp_get_thread_num(); /* rows of the same product before these; whose 32 rows they are */
+    REAL *room = room_for(sizeof(REAL) * 32 * (I + A + C)); /* for 32 rows of any */
+    int64_t before = 0, turn = omp_get_thread_num(); /* rows of the same product before these; whose turn it is */
     for (int i = 0; i < 7; i++) {
         const int64_t k = each[i].k, n = each[i].n, all = each[i].all;
         for (int64_t r = 0; r < n; r += 32, turn++) {
