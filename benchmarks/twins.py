@@ -6,22 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stateofgpt.model.convert import to_huggingface
 from stateofgpt.model.gpt import GPT
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-NAMES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
 
 
 def stir(model: GPT, std: float | None = None) -> None:
@@ -35,11 +24,12 @@ def stir(model: GPT, std: float | None = None) -> None:
 
 
 def llama_of(model: GPT, use_cache: bool = True) -> LlamaForCausalLM:
-    """A decoder of the family llama with one matrix for embedding and head, in transformers, in float32; without
-    `use_cache`, which is for drawing, it trains faster."""
+    """A decoder of the family llama in transformers, in float32; without `use_cache`, which is for drawing, it trains
+    faster."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    same = {name: getattr(model.config, name) for name in NAMES}
-    made = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, use_cache=use_cache, **same))
+    same = to_huggingface(model.config, "causal", bos=1, eos=[2], pad=2)
+    same |= {"pad_token_id": None, "use_cache": use_cache}  # a row for padding would get no gradient
+    made = LlamaForCausalLM(LlamaConfig(**same))
     made.load_state_dict(model.state_dict())
     return made

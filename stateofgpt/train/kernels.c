@@ -5,6 +5,7 @@
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -137,7 +138,11 @@ static inline int64_t upto32(int64_t n) { return (n + 31) / 32 * 32; }
    once somebody has it what is given back is too small for the next call, which then takes as much again. */
 static void *room_for(int64_t bytes) {
     char *all = malloc((size_t)bytes + 64);
-    if (!all) abort();
+    if (!all) {
+        fprintf(stderr, "error: there is no memory for %lld MB more; take a smaller model or fewer rows\n",
+                (long long)bytes >> 20);
+        abort();
+    }
     void **room = (void **)(all + 64 - (uintptr_t)all % 64);
     room[-1] = all;
     return room;
